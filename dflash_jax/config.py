@@ -1,7 +1,7 @@
 """What a model is made of, as frozen dataclasses: the target's and the drafter's configuration.
 
-`from_dict` reads a checkpoint's config.json and `to_dict` writes one back; the reading itself, with all the layouts that are in use, is in
-`dflash_jax.checkpoints.config_json`.
+`from_dict` reads a checkpoint's config.json and `to_dict` writes one back; the reading itself, with all the layouts
+that are in use, is in `dflash_jax.checkpoints.target_json` and `drafter_json`.
 """
 
 import json
@@ -62,7 +62,7 @@ class GatedDeltaConfig:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """A target model. `family` is the text model's type, one of `config_json.FAMILIES`."""
+    """A target model. `family` is the text model's type, one of `target_json.FAMILIES`."""
 
     family: str
     vocab_size: int
@@ -104,13 +104,13 @@ class TargetConfig:
         Raises:
             InputError: an unsupported architecture, a missing or impossible value, or a key that is not understood.
         """
-        from dflash_jax.checkpoints.config_json import target_from_dict
+        from dflash_jax.checkpoints.target_json import target_from_dict
 
         return target_from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json that transformers reads as the same text model."""
-        from dflash_jax.checkpoints.config_json import target_to_dict
+        from dflash_jax.checkpoints.target_json import target_to_dict
 
         return target_to_dict(self)
 

@@ -11,9 +11,10 @@ _MODEL_TYPES = ("qwen3", "gpt_oss", "llama")  # they share one computation; only
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Read from dflash_config first, then from the top level.
 _EITHER_PLACE = (
-    "block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "conv_kernel_size", "conv_group_size", "selector_rank",
-    "selector_top_k", "input_embedding_scale", "output_multiplier", "final_logit_softcapping",
-)  # fmt: skip
+    *("block_size", "mask_token_id", "target_layer_ids", "num_target_layers"),
+    *("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
+    *("input_embedding_scale", "output_multiplier", "final_logit_softcapping"),
+)
 
 
 def drafter_from_dict(values: dict[str, Any]) -> DrafterConfig:
@@ -90,7 +91,10 @@ def _check_architecture(top: Reader) -> bool:
 
 
 def _read_layers(top: Reader, count: int) -> tuple[tuple[LayerType, ...], int | None]:
-    """`layer_types` rules; without it the older pair use_sliding_window and max_window_layers; without those all is full."""
+    """`layer_types` rules, else use_sliding_window with max_window_layers, else every layer is full.
+
+    A sliding layer keeps its window whatever use_sliding_window says: published drafters lose acceptance without it.
+    """
     window, used = top.get("sliding_window", None), top.boolean("use_sliding_window", False)
     first = top.integer("max_window_layers", 28, at_least=0)
     types = tuple(

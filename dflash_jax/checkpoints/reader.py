@@ -10,12 +10,13 @@ _REQUIRED = object()
 # Keys that describe the file, the training or the tokenizer, never the forward computation.
 HARMLESS = frozenset(
     """
-    _name_or_path _commit_hash _attn_implementation attn_implementation architectures auto_map transformers_version tokenizer_class dtype torch_dtype
-    use_cache cache_implementation output_hidden_states output_attentions output_router_logits return_dict
-    chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type initializer_range attention_dropout
-    router_aux_loss_coef pad_token_id bos_token_id pretraining_tp initial_context_length max_window_layers
-    mtp_num_hidden_layers mtp_use_dedicated_embeddings num_nextn_predict_layers
-    vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id language_model_only
+    _name_or_path _commit_hash _attn_implementation attn_implementation architectures auto_map transformers_version
+    tokenizer_class dtype torch_dtype use_cache cache_implementation output_hidden_states output_attentions
+    output_router_logits return_dict chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
+    initializer_range attention_dropout router_aux_loss_coef pad_token_id bos_token_id pretraining_tp
+    initial_context_length max_window_layers mtp_num_hidden_layers mtp_use_dedicated_embeddings
+    num_nextn_predict_layers vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
+    language_model_only
     """.split()
 )
 
@@ -104,5 +105,6 @@ class Reader:
         unknown = [prefix + key for key in sorted(self._unread - FIXED.keys() - HARMLESS)]
         if unknown:
             raise self.error(
-                f"not understood: {', '.join(unknown)}; these keys may change the computation, remove them from config.json if they do not"
+                f"not understood: {', '.join(unknown)}; these may change the computation, "
+                "remove them from config.json if they do not"
             )

@@ -37,7 +37,8 @@ def read_rope(
     rope.finish()
     if not 0 < dim <= head_dim or dim % 2:
         raise rope.error(
-            f"partial_rotary_factor rotates {dim} of {head_dim} dimensions, an even number of at most {head_dim} is needed"
+            f"partial_rotary_factor rotates {dim} of {head_dim} dimensions, "
+            f"an even number of at most {head_dim} is needed"
         )
     return config
 

@@ -1,6 +1,7 @@
-"""config.json of targets and drafters, to the dataclasses of `dflash_jax.config` and back.
+"""config.json of targets, to `TargetConfig` and back.
 
-Both styles of transformers are read: version 4 (`rope_theta`, `rope_scaling`) and version 5 (`rope_parameters`). Written is version 5.
+Both styles of transformers are read: version 4 (`rope_theta`, `rope_scaling`) and version 5 (`rope_parameters`).
+Written is version 5.
 """
 
 from dataclasses import dataclass
@@ -22,40 +23,38 @@ class Family:
     qk_norm: bool = False
     hybrid: bool = False  # gated attention every few layers, gated delta layers between
     sparse: bool = False
-    windowed: bool = False
+    window: int | None = None  # the default of sliding_window; None: the family has no windows
     qkv_bias: bool | None = None  # None: config.json's attention_bias says
     o_bias: bool | None = None
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
     norm_topk: bool | None = None  # None: config.json's norm_topk_prob says
     norm_topk_default: bool = False
 
 
+_HYBRID = {"norm": "zero_centred", "qk_norm": True, "hybrid": True, "head_dim": 256}
+
 FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM"),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False, windowed=True),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, windowed=True, head_dim=128),
-    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, windowed=True, sparse=True),
-    "qwen3_next": Family(
-        "qwen3_next", "Qwen3NextForCausalLM", norm="zero_centred", qk_norm=True, hybrid=True, sparse=True, head_dim=256, norm_topk_default=True
-    ),
-    "qwen3_5": Family("qwen3_5_text", "Qwen3_5ForCausalLM", norm="zero_centred", qk_norm=True, hybrid=True, head_dim=256),
-    "qwen3_5_moe": Family(
-        "qwen3_5_moe_text",
-        "Qwen3_5MoeForCausalLM",
-        norm="zero_centred",
-        qk_norm=True,
-        hybrid=True,
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False, window=4096),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, window=4096, head_dim=128),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, window=4096, sparse=True),
+    "qwen3_next": Family("qwen3_next", "Qwen3NextForCausalLM", **_HYBRID, sparse=True, norm_topk_default=True),
+    "qwen3_5": Family("qwen3_5_text", "Qwen3_5ForCausalLM", **_HYBRID),
+    "qwen3_5_moe": Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **_HYBRID, sparse=True, norm_topk=True),
+    "gpt_oss": Family(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        norm="fp32_scale",
+        window=128,
         sparse=True,
-        head_dim=256,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=150000.0,
         norm_topk=True,
     ),
-    "gpt_oss": Family(
-        "gpt_oss", "GptOssForCausalLM", norm="fp32_scale", windowed=True, sparse=True, head_dim=64, rms_norm_eps=1e-5, norm_topk=True
-    ),
-}  # fmt: skip
-
-DEFAULT_WINDOW = {"qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096, "gpt_oss": 128}
+}
 
 
 def target_from_dict(values: dict[str, Any]) -> TargetConfig:
@@ -80,9 +79,7 @@ def target_from_dict(values: dict[str, Any]) -> TargetConfig:
         num_heads=heads,
         num_kv_heads=top.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        rope=read_rope(
-            top, head_dim, max_position, 150000.0 if family == "gpt_oss" else 10000.0, 0.25 if rules.hybrid else 1.0
-        ),
+        rope=read_rope(top, head_dim, max_position, rules.rope_theta, 0.25 if rules.hybrid else 1.0),
         qkv_bias=bias if rules.qkv_bias is None else rules.qkv_bias,
         o_bias=bias if rules.o_bias is None else rules.o_bias,
         qk_norm=rules.qk_norm,
@@ -146,6 +143,7 @@ def read_layers(top: Reader, family: str) -> tuple[tuple[LayerType, ...], int | 
     window = _read_window(top, family)
     interval = top.integer("full_attention_interval", 4) if rules.hybrid else 4
     first_windowed = top.integer("max_window_layers", 28, at_least=0)
+    types: Any
     given = top.get("layer_types", None)
     if given is not None:
         types = tuple(given)
@@ -163,10 +161,10 @@ def read_layers(top: Reader, family: str) -> tuple[tuple[LayerType, ...], int | 
 
 def _read_window(top: Reader, family: str) -> int | None:
     rules = FAMILIES[family]
-    window = top.get("sliding_window", DEFAULT_WINDOW.get(family))
+    window = top.get("sliding_window", rules.window)
     # gpt_oss has no such switch: its window is always on.
     used = top.boolean("use_sliding_window", family == "gpt_oss")
-    if used and not rules.windowed:
+    if used and not rules.window:
         raise top.error(f"use_sliding_window is true, which {family} does not have; set it to false")
     if used and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise top.error(f"sliding_window is {window!r}, a whole number of at least 1 is needed")
@@ -180,7 +178,8 @@ def _check_layers(top: Reader, rules: Family, types: tuple[str, ...], count: int
     wrong = set(types) - accepted
     if wrong:
         raise top.error(
-            f"layer_types holds {sorted(wrong)}, accepted here are {sorted(accepted)} (sliding layers need use_sliding_window)"
+            f"layer_types holds {sorted(wrong)}, accepted here are {sorted(accepted)}; "
+            "sliding layers need use_sliding_window"
         )
     if len(types) != count:
         raise top.error(f"layer_types has {len(types)} entries for num_hidden_layers {count}, make them equal")
@@ -216,7 +215,8 @@ def _read_gated_delta(top: Reader) -> GatedDeltaConfig:
     )
     if config.num_v_heads % config.num_k_heads:
         raise top.error(
-            f"linear_num_value_heads {config.num_v_heads} is not a multiple of linear_num_key_heads {config.num_k_heads}"
+            f"linear_num_value_heads {config.num_v_heads} is not a multiple of "
+            f"linear_num_key_heads {config.num_k_heads}"
         )
     return config
 
@@ -255,9 +255,9 @@ def _write_attention(config: TargetConfig) -> dict[str, Any]:
         values["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         values["mlp_bias"] = config.mlp_bias
-    if rules.windowed:
+    if rules.window:
         values["sliding_window"] = config.sliding_window
-    if rules.windowed and config.family != "gpt_oss":
+    if rules.window and config.family != "gpt_oss":
         values["use_sliding_window"] = config.sliding_window is not None
     return values
 
