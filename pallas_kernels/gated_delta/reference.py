@@ -111,7 +111,7 @@ def gated_delta_prefill(
     beta: Float[Array, "B Hv T"],
     g: Float[Array, "B Hv T"],
     *,
-    chunk: int = 32,
+    chunk: int = 16,
 ) -> tuple[Float[Array, "B Hv T Dv"], Float[Array, "B Hv Dk Dv"]]:
     """Outputs of T rows and the state after them, block after block. Rows with beta = 0 and g = 0 do not count."""
     T = q.shape[2]
