@@ -14,6 +14,10 @@ from dflash_jax.errors import InputError
 from dflash_jax.text import StopFinder, TextStream, Tokenizer, Transcript, load_tokenizer
 
 
+def byte_tokenizer() -> Tokenizer:
+    return Tokenizer(byte_core(), Path("model"))
+
+
 def byte_core() -> Core:
     """One token a byte (id = byte value), and a special token <end>, id 256: every character of two bytes is cut."""
     alphabet = {chr(b): b for b in range(33, 127)} | {chr(b): b for b in (*range(161, 173), *range(174, 256))}
@@ -44,7 +48,7 @@ def tokenizer() -> Tokenizer:
 @settings(deadline=None)
 @given(st.text(min_size=1))
 def test_text_comes_back_whole_and_no_piece_holds_half_a_character(text):
-    tokenizer = Tokenizer(byte_core(), Path("model"))
+    tokenizer = byte_tokenizer()
     tokens = tokenizer.encode(text)
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in tokens]
