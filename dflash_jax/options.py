@@ -16,16 +16,16 @@ def option(default: Any, help: str, *, metavar: str | None = None) -> Any:  # `h
     return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
 
 
-def parser_for(options: type, prog: str) -> ArgumentParser:
+def parser_for(options: type, prog: str, *, exit_on_error: bool = False) -> ArgumentParser:
     """A parser for a dataclass of `option` fields, described by the class docstring.
 
     `max_tokens: int` is `--max-tokens N`; a bool is a flag, `--name` or, where it is True by default, `--no-name`; a
-    tuple collects a repeated option. The values are what the field's type says.
+    tuple collects a repeated option. Bad values raise argparse.ArgumentError, or end the program with `exit_on_error`.
     """
     parser = ArgumentParser(
         prog=prog,
         description=options.__doc__,
-        exit_on_error=False,
+        exit_on_error=exit_on_error,
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
     )
