@@ -1,0 +1,71 @@
+# Every target does its own set-up. On a fresh machine only `python3` (3.11 or newer) and make are needed.
+PYTHON ?= python3
+VENV ?= .venv
+VENV312 ?= .venv312
+BIN := $(VENV)/bin
+JOBS ?= 2
+# The torch models that tests compare with are tiny: more threads make them slower.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-short lint format bench bench-torch embedded clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
+
+demo: $(VENV)/.installed  ## complete held-out Python code with the embedded pair, and compare with plain decoding
+	@$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/.installed-test  ## the whole test suite
+	$(BIN)/python -m pytest -n $(JOBS) tests
+
+lint: $(VENV)/.installed-lint  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+
+format: $(VENV)/.installed-lint  ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed  ## the README's figures for the embedded pair
+	$(BIN)/python -m benchmarks.pair
+
+bench-torch: $(VENV)/.installed-test  ## the README's figures against PyTorch
+	$(BIN)/python -m benchmarks.baselines
+
+embedded: $(VENV)/.installed  ## train the embedded pair again
+	$(BIN)/python -m train.embedded
+
+clean:  ## remove what the targets installed
+	rm -rf $(VENV) $(VENV312)
+
+# A stamp file for each set of packages; a set is installed again only when pyproject.toml is newer than its stamp.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+# The second leg: Python 3.12 with the newest jax and flax, and no torch.
+SHORT_TESTS = $(shell find tests -name 'test_*.py' | grep -E 'golden|embedded|test_cli|test_text')
+PYTHON312 ?= $(shell for p in python3.12 $$(ls -d $$HOME/.pyenv/versions/3.12*/bin/python 2>/dev/null); do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+
+ifeq ($(strip $(PYTHON312)),)
+test-short:  ## goldens and the embedded pair on Python 3.12 with the newest jax and flax, without torch
+	@echo "test-short: skipped, no Python 3.12 found (set PYTHON312=/path/to/python3.12)"
+else
+test-short: $(VENV312)/.installed
+	$(VENV312)/bin/python -m pytest -n $(JOBS) $(SHORT_TESTS)
+endif
+
+$(VENV312)/bin/python:
+	$(PYTHON312) -m venv $(VENV312)
+
+$(VENV312)/.installed: pyproject.toml | $(VENV312)/bin/python
+	$(VENV312)/bin/python -m pip install --quiet --editable '.[test-short]'
+	@touch $@

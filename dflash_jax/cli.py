@@ -1,0 +1,277 @@
+"""The `dflash` command.
+
+What is slow to import (jax, the models) is imported by the command that needs it, so that `--help` is instant.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from jsonargparse import ArgumentParser
+
+from dflash_jax.errors import InputError
+from dflash_jax.options import option, parser_for, read_options
+from dflash_jax.version import __version__
+
+GREEN, DIM, RED, RESET = "\x1b[32m", "\x1b[2m", "\x1b[31m", "\x1b[0m"
+# Generated text must not move the cursor or retitle the window.
+CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Complete a prompt. Tokens that the drafter got right are shown in green; the output is the target's own."""
+
+    target: str | None = option(None, "checkpoint folder or hub name; the embedded pair if left out", metavar="DIR")
+    drafter: str | None = option(None, "DFlash drafter made for the target", metavar="DIR")
+    prompt: str | None = option(None, "text to complete; `-` or nothing reads standard input", metavar="TEXT")
+    chat: bool = option(False, "take the prompt as a user's message and apply the target's chat template")
+    max_new_tokens: int = option(200, "most tokens to generate", metavar="N")
+    temperature: float = option(0.0, "0 is greedy", metavar="T")
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 is off", metavar="K")
+    top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability; 1 is off", metavar="P")
+    min_p: float = option(0.0, "leave out tokens below this share of the likeliest; 0 is off", metavar="P")
+    seed: int = option(0, "the same seed gives the same text", metavar="N")
+    stop: tuple[str, ...] = option((), "end before this text; may be given several times", metavar="TEXT")
+    width: int | None = option(None, "rows a round, the anchor included; chosen by what was measured", metavar="W")
+    draft: bool = option(True, "decode plainly, without the drafter")
+    compare: bool = option(False, "also decode plainly, and print the speed ratio and whether the outputs are the same")
+    echo: bool = option(False, "show the prompt before the completion")
+    json: bool = option(False, "print one JSON object and nothing else")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status: 0, 2 for input that cannot work, 130 when interrupted."""
+    try:
+        values = _parser().parse_args(argv)
+        return _generate(read_options(GenerateOptions, values.generate))
+    except InputError as error:
+        _report(str(error))
+        return 2
+    except argparse.ArgumentError as error:
+        _report(f"{_readable(str(error))}; see dflash generate --help")
+        return 2
+    except KeyboardInterrupt:
+        _report("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="dflash",
+        description="Lossless block-diffusion speculative decoding.",
+        version=__version__,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    commands = parser.add_subcommands(required=True)
+    commands.add_subcommand("generate", parser_for(GenerateOptions, "dflash generate"), help="complete a prompt")
+    return parser
+
+
+def _readable(message: str) -> str:
+    """The parser's complaint about a value, in the words of the command line."""
+    bad = re.match(r'Parser key "(\w+)":\s+Expected an? <class \'(\w+)\'>. Got value: (.*)', message, re.DOTALL)
+    if bad is None:
+        return message
+    name, kind, value = bad.groups()
+    accepted = {"int": "a whole number", "float": "a number"}.get(kind, kind)
+    return f"--{name.replace('_', '-')} takes {accepted}, not {value}"
+
+
+def _report(message: str) -> None:
+    message = " ".join(message.split())
+    print(_paint(f"dflash: {message}", RED, sys.stderr), file=sys.stderr)
+
+
+def _paint(text: str, style: str, file: IO[str]) -> str:
+    return f"{style}{text}{RESET}" if text and _has_colour(file) else text
+
+
+def _has_colour(file: IO[str]) -> bool:
+    return file.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise InputError("there is no prompt; give --prompt TEXT, or pipe a text in")
+    return sys.stdin.read() if prompt in (None, "-") else prompt
+
+
+def _generate(options: GenerateOptions) -> int:
+    if options.compare and not options.draft:
+        raise InputError("--compare and --no-draft were both given; --compare needs the drafter, so leave one out")
+    text = _read_prompt(options.prompt)
+    prompt = [{"role": "user", "content": text}] if options.chat else text
+    settings = _settings(options)
+
+    import dflash_jax  # seconds
+
+    if options.json:
+        pair = dflash_jax.load(options.target, options.drafter)
+        facts = _facts(*_stream(pair, prompt, settings | {"draft": options.draft}))
+        print(json.dumps(facts | (_compare(pair, prompt, settings) if options.compare else {})))
+        return 0
+    with Screen(sys.stdout) as screen:
+        screen.wait("loading; a first run also compiles")
+        pair = dflash_jax.load(options.target, options.drafter)
+        if options.echo:
+            screen.write(text, DIM)
+        facts = _facts(*_stream(pair, prompt, settings | {"draft": options.draft}, screen))
+        screen.summary(facts, options.draft)
+        if options.compare:
+            screen.wait("timing plain and speculative decoding")
+            screen.comparison(_compare(pair, prompt, settings))
+    return 0
+
+
+def _settings(options: GenerateOptions) -> dict[str, Any]:
+    """What `dflash_jax.generate` and `stream` take, draft apart."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "width")
+    return {name: getattr(options, name) for name in names}
+
+
+def _stream(pair: Any, prompt: Any, settings: dict[str, Any], screen: "Screen | None" = None) -> tuple[Any, float]:
+    """Show the text as it comes: (the Generation, tokens per second).
+
+    The rate leaves out what lies before the first piece, compilation above all, where there is more than one piece.
+    """
+    import dflash_jax
+
+    pieces = dflash_jax.stream(pair, prompt, **settings)
+    spans = Spans(pair.tokenizer)
+    clock = [(time.perf_counter(), 0)]  # (moment, tokens so far)
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            generation = end.value
+            break
+        clock.append((time.perf_counter(), clock[-1][1] + len(piece.tokens)))
+        if screen:
+            for text, drafted in spans.split(piece):
+                screen.write(text, GREEN if drafted else "")
+    (start, before), (end, after) = clock[1 if len(clock) > 2 else 0], clock[-1]
+    return generation, (after - before) / (end - start) if end > start else 0.0
+
+
+def _facts(generation: Any, rate: float) -> dict[str, Any]:
+    from dflash_jax.compare import acceptance_length
+
+    return {
+        "text": generation.text,
+        "tokens": list(generation.tokens),
+        "acceptance_length": acceptance_length(generation.acceptance_lengths),
+        "acceptance_lengths": list(generation.acceptance_lengths),
+        "tokens_per_second": rate,
+        "finish_reason": generation.finish_reason,
+    }
+
+
+def _compare(pair: Any, prompt: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    from dflash_jax.compare import compare
+
+    result = compare(pair, prompt, **settings)
+    return {
+        "tokens_per_second": result.tokens_per_second,
+        "plain_tokens_per_second": result.plain_tokens_per_second,
+        "speedup": result.speedup,
+        "identical": result.identical,
+    }
+
+
+class Screen:
+    """What a person sees. Used in a `with` block, which takes the waiting sign away however it ends."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+        self._waiting: Any = None
+
+    def __enter__(self) -> "Screen":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop_waiting()
+
+    def wait(self, message: str) -> None:
+        """Show that something takes a while, until the next thing is shown."""
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._waiting = Console(stderr=True).status(message)
+            self._waiting.start()
+
+    def _stop_waiting(self) -> None:
+        if self._waiting:
+            self._waiting.stop()
+            self._waiting = None
+
+    def write(self, text: str, style: str) -> None:
+        """Show a part of the text at once."""
+        self._stop_waiting()
+        if self.file.isatty():
+            text = text.translate(CONTROL)
+        print(_paint(text, style, self.file) if style else text, end="", file=self.file, flush=True)
+
+    def summary(self, facts: dict[str, Any], draft: bool) -> None:
+        """One line on the generation, after a line that explains the colours."""
+        self._stop_waiting()
+        print(file=self.file)
+        if draft and _has_colour(self.file):
+            print(f"\n{GREEN}green{RESET}: drafted and accepted; plain: the target's own", file=self.file)
+        parts = [f"{len(facts['tokens'])} tokens", f"{facts['tokens_per_second']:.1f} tokens/s"]
+        if draft:
+            parts.insert(1, f"acceptance length {facts['acceptance_length']:.2f}")
+        print(", ".join(parts), file=self.file, flush=True)
+
+    def comparison(self, facts: dict[str, Any]) -> None:
+        """One line on speculative against plain decoding, both warmed up."""
+        self._stop_waiting()
+        print(
+            f"{facts['speedup']:.2f}x plain decoding ({facts['tokens_per_second']:.1f} against "
+            f"{facts['plain_tokens_per_second']:.1f} tokens/s, both warm); "
+            f"outputs are {'identical' if facts['identical'] else 'NOT identical'}",
+            file=self.file,
+        )
+
+
+class Spans:
+    """Cuts the text of pieces into runs by the tokens they came from.
+
+    A piece's text may lag behind its tokens (half a character, the possible start of a stop string), so what the tokens
+    said is kept until the pieces' text has caught up.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        from dflash_jax.text import TextStream
+
+        self._stream = TextStream(tokenizer)
+        self._ahead: list[tuple[int, bool]] = []  # (characters, drafted) not shown yet
+
+    def split(self, piece: Any) -> Iterator[tuple[str, bool]]:
+        """(text, drafted) runs that make up the piece's text."""
+        for token, drafted in zip(piece.tokens, piece.drafted, strict=True):
+            self._ahead.append((len(self._stream.push(token)), drafted))
+        text = piece.text
+        while text and self._ahead:
+            size, drafted = self._ahead.pop(0)
+            if size > len(text):
+                self._ahead.insert(0, (size - len(text), drafted))
+            yield text[:size], drafted
+            text = text[size:]
+        if text:  # the unfinished character at the end of a generation
+            yield text, False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
