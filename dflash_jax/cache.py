@@ -1,0 +1,143 @@
+"""What is remembered of committed tokens: pytrees with append, commit and nothing to roll back.
+
+Rows past the committed length do not exist: they are never read, and rejecting a row is not writing it. Recurrent layers
+keep the accepted rows of the last block as pending, and fold them into the state in the next forward.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dflash_jax.config import DrafterConfig, TargetConfig
+from pallas_kernels.gated_delta import Pending, Rows
+
+
+def _place(cache: Float[Array, "K S H"], rows: Float[Array, "K W H"], start: Array, count: Array) -> Array:
+    """Rows i < count at start + i; the others keep what was there."""
+    W = rows.shape[1]
+    if W > cache.shape[1]:
+        raise ValueError(f"{W} rows do not fit a cache of {cache.shape[1]} positions")
+    first = jnp.minimum(start, cache.shape[1] - W)  # a block over the end shifts back, and its rows with it
+    rows = jnp.roll(rows, start - first, axis=1)
+    new = jnp.arange(W) - (start - first)
+    old = jax.lax.dynamic_slice_in_dim(cache, first, W, axis=1)
+    keep = ((new >= 0) & (new < count))[None, :, None]
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(keep, rows.astype(cache.dtype), old), first, axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of one attention layer, head by head so that one head's positions are contiguous."""
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "KeyValues":
+        shape = (batch, heads, capacity, head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def append(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
+        """Write the first `count[b]` of the rows at `lengths[b]`."""
+        place = jax.vmap(_place)
+        return KeyValues(
+            place(self.keys, rows.keys, lengths, count), place(self.values, rows.values, lengths, count)
+        )
+
+    def commit(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
+        return self.append(rows, lengths, count)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeferredRows:
+    """A block of rows of a recurrent layer, of which a prefix will be committed."""
+
+    state: Float[Array, "B Hv Dk Dv"]  # with the last block's pending rows folded in
+    rows: Rows
+    history: Float[Array, "B T Hk C"]  # the committed tail and the block's rows, before the convolution
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recurrence:
+    """State of one gated delta layer: the matrix, the convolution's last inputs, and what is accepted but not folded."""
+
+    state: Float[Array, "B Hv Dk Dv"]
+    conv: Float[Array, "B 3 Hk C"]
+    pending: Pending
+
+    @classmethod
+    def empty(cls, config: TargetConfig, batch: int, rows: int, dtype: jnp.dtype) -> "Recurrence":
+        c = config.gated_delta
+        channels = 2 * c.k_head_dim + c.num_v_heads // c.num_k_heads * c.v_head_dim
+        return cls(
+            state=jnp.zeros((batch, c.num_v_heads, c.k_head_dim, c.v_head_dim)),
+            conv=jnp.zeros((batch, c.conv_kernel - 1, c.num_k_heads, channels), dtype),
+            pending=Pending.empty(batch, rows, c.num_k_heads, c.num_v_heads, c.k_head_dim, c.v_head_dim),
+        )
+
+    def after(self, state: Array, history: Array, count: Int[Array, "B"]) -> "Recurrence":
+        """`state` holds `count[b]` more rows, nothing is pending."""
+        pending = jax.tree.map(jnp.zeros_like, self.pending)
+        return Recurrence(
+            state=state, conv=self._tail(history, count), pending=replace(pending, fold=jnp.ones_like(pending.fold))
+        )
+
+    def commit(self, rows: DeferredRows, lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "Recurrence":
+        """The first `count[b]` rows of the block become pending."""
+        return Recurrence(
+            state=rows.state, conv=self._tail(rows.history, count), pending=rows.rows.commit(count)
+        )
+
+    def _tail(self, history: Array, count: Int[Array, "B"]) -> Array:
+        """The last inputs of the convolution once `count[b]` rows are committed."""
+        keep = self.conv.shape[1]
+        return jax.vmap(lambda h, n: jax.lax.dynamic_slice_in_dim(h, n, keep, axis=0))(history, count)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TargetCache:
+    """All that the target remembers of `lengths[b]` committed tokens, layer by layer."""
+
+    lengths: Int[Array, "B"]
+    layers: tuple[KeyValues | Recurrence, ...]
+
+    @classmethod
+    def empty(cls, config: TargetConfig, batch: int, capacity: int, rows: int, dtype: jnp.dtype) -> "TargetCache":
+        """For `capacity` tokens a sequence, and blocks of `rows` in the rounds."""
+
+        def layer(kind: str) -> KeyValues | Recurrence:
+            if kind == "linear_attention":
+                return Recurrence.empty(config, batch, rows, dtype)
+            return KeyValues.empty(batch, config.num_kv_heads, capacity, config.head_dim, dtype)
+
+        return cls(jnp.zeros(batch, jnp.int32), tuple(layer(kind) for kind in config.layer_types))
+
+    def commit(self, rows: tuple[KeyValues | DeferredRows, ...], count: Int[Array, "B"]) -> "TargetCache":
+        """Keep the first `count[b]` rows of the block that `Target.verify` ran; the rest never was."""
+        layers = (layer.commit(new, self.lengths, count) for layer, new in zip(self.layers, rows, strict=True))
+        return TargetCache(self.lengths + count, tuple(layers))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DrafterCache:
+    """Keys and values that the drafter made from the target's taps, for committed positions only."""
+
+    layers: tuple[KeyValues, ...]
+
+    @classmethod
+    def empty(cls, config: DrafterConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "DrafterCache":
+        layer = KeyValues.empty(batch, config.num_kv_heads, capacity, config.head_dim, dtype)
+        return cls((layer,) * config.num_layers)
+
+    def commit(
+        self, rows: tuple[KeyValues, ...], lengths: Int[Array, "B"], count: Int[Array, "B"]
+    ) -> "DrafterCache":
+        """Write the first `count[b]` context rows of every layer at `lengths[b]`."""
+        return DrafterCache(tuple(layer.append(r, lengths, count) for layer, r in zip(self.layers, rows, strict=True)))

@@ -1,0 +1,63 @@
+"""Grouped-query attention of the targets: biases, q/k norms, output gate, sinks and windows by configuration."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dflash_jax.cache import KeyValues
+from dflash_jax.config import TargetConfig
+from dflash_jax.models.layers import RMSNorm, Rotation, linear, rotate
+from pallas_kernels.block_attention import block_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of one forward stand, the same for all layers."""
+
+    lengths: Int[Array, "B"]  # committed rows before them
+    count: Int[Array, "B"]  # how many of the rows are real
+    rotation: Rotation
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: TargetConfig, kind: str, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = self.config = config
+        self.window = c.sliding_window if kind == "sliding_attention" else None
+        per_head = c.head_dim * (2 if c.gated_attention else 1)
+        self.q_proj = linear(c.hidden_size, c.num_heads * per_head, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, c.norm, dtype=dtype) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, c.norm, dtype=dtype) if c.qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros(c.num_heads, dtype)) if c.sinks else None
+
+    def __call__(
+        self, x: Float[Array, "B W D"], cache: KeyValues, place: Place, deferred: bool
+    ) -> tuple[Float[Array, "B W D"], KeyValues]:
+        """The rows' output, and their own keys and values (deferred) or the cache that has them."""
+        c = self.config
+        B, W, _ = x.shape
+        q, gate = self.q_proj(x).reshape(B, W, c.num_heads, -1), None
+        if c.gated_attention:
+            q, gate = jnp.split(q, 2, -1)
+        k = self.k_proj(x).reshape(B, W, c.num_kv_heads, c.head_dim)
+        v = self.v_proj(x).reshape(B, W, c.num_kv_heads, c.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, place.rotation), rotate(k, place.rotation)
+        out = block_attention(
+            q, cache.keys, cache.values, k, v, place.lengths,
+            causal=True, scale=c.head_dim**-0.5, window=self.window,
+            sinks=None if self.sinks is None else self.sinks[...],
+        )  # fmt: skip
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
+        rows = KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        if not deferred and cache.keys.shape[2]:
+            rows = cache.append(rows, place.lengths, place.count)
+        return self.o_proj(out.reshape(B, W, -1)), rows
