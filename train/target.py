@@ -117,13 +117,13 @@ def load_balance(logits: jax.Array, top_k: int) -> jax.Array:
 def language_model_loss(graph: nnx.GraphDef, params: Pytree, batch: jax.Array, balance: float, chunk: int):
     """(loss, metrics) of next-token prediction over windows [B, T + 1]."""
     target = nnx.merge(graph, params)
-    hidden, _ = target.sequence(batch[:, :-1])
-    nll, guess = losses.chunked_head(target.head, hidden.reshape(-1, hidden.shape[-1]), batch[:, 1:].reshape(-1), chunk)
-    metrics: Metrics = {"nll": jnp.mean(nll), "accuracy": jnp.mean(guess == batch[:, 1:].reshape(-1))}
-    routers = jax.tree.leaves(nnx.pop(target, nnx.Intermediate))
-    if not routers:
+    out, labels = target.sequence(batch[:, :-1]), batch[:, 1:].reshape(-1)
+    nll, guess = losses.chunked_head(target.head, out.hidden.reshape(len(labels), -1), labels, chunk)
+    metrics: Metrics = {"nll": jnp.mean(nll), "accuracy": jnp.mean(guess == labels)}
+    if not out.router_logits:
         return metrics["nll"], metrics
-    metrics["balance"] = jnp.mean(jnp.stack([load_balance(logits, target.config.moe.top_k) for logits in routers]))
+    top_k = target.config.moe.top_k
+    metrics["balance"] = jnp.mean(jnp.stack([load_balance(logits, top_k) for logits in out.router_logits]))
     return metrics["nll"] + balance * metrics["balance"], metrics
 
 
