@@ -1,7 +1,7 @@
 """What a name table is made of: for each leaf of a model, the checkpoint tensors that fill it.
 
-A piece says where one checkpoint tensor lies inside its leaf, as numpy views. The same views read (the tensor's values are
-assigned to them) and write (they are copied out), so a table cannot load one layout and export another.
+A piece says where one checkpoint tensor lies inside its leaf, as numpy views. The same views read (the tensor's values
+are assigned to them) and write (they are copied out), so a table cannot load one layout and export another.
 """
 
 import math
@@ -17,9 +17,9 @@ Views = Callable[[np.ndarray], Sequence[np.ndarray]]
 class Piece:
     """One checkpoint tensor.
 
-    `views(leaf)` are the parts of the leaf that hold the tensor's rows, one after the other along its first axis; a part may
-    have more axes than the tensor, only the row-major order of its elements counts. `scales` names the scales of an MXFP4
-    tensor, whose `shape` is that of the decoded values.
+    `views(leaf)` are the parts of the leaf that hold the tensor's rows, one after the other along its first axis; a
+    part may have more axes than the tensor, only the row-major order of its elements counts. `scales` names the scales
+    of an MXFP4 tensor, whose `shape` is that of the decoded values.
     """
 
     key: str
@@ -61,7 +61,10 @@ def dense_mlp(path: str, key: str, dim: int, columns: int, bias: bool = False) -
         Piece(f"{key}.{name}_proj.weight", (columns, dim), lambda leaf, i=i: (leaf[:, i].T,))
         for i, name in enumerate(("gate", "up"))
     )
-    leaves = [Leaf(f"{path}/gate_up/kernel", (gate_up,)), *projection(f"{path}/down", f"{key}.down_proj", columns, dim, bias)]
+    leaves = [
+        Leaf(f"{path}/gate_up/kernel", (gate_up,)),
+        *projection(f"{path}/down", f"{key}.down_proj", columns, dim, bias),
+    ]
     if bias:
         biases = tuple(
             Piece(f"{key}.{name}_proj.bias", (columns,), lambda leaf, i=i: (leaf[i],))

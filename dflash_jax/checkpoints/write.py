@@ -9,43 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dflash_jax.checkpoints.drafter_table import drafter_table
 from dflash_jax.checkpoints.safetensors_file import DTYPES, Pending, write_folder
 from dflash_jax.checkpoints.table import Leaf, Piece
-from dflash_jax.checkpoints.target_table import target_table
 from dflash_jax.errors import InputError
-from dflash_jax.models.drafter import Drafter
-from dflash_jax.models.target import Target
 
 SHARD_BYTES = 5 * 10**9
 _WRITABLE = ("BF16", "F16", "F32")
 
 
-def save_target(
-    target: Target, folder: str | Path, dtype: jnp.dtype | None = None, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write a target in the layout that transformers loads.
-
-    Args:
-        dtype: of the weights, by default the model's own; leaves that stay float32 in any model (A_log, dt_bias) do so.
-        shard_bytes: a larger model is written as several files with an index.
-
-    Raises:
-        InputError: a dtype other than bfloat16, float16 or float32.
-    """
-    model_dtype = target.embed.embedding.dtype
-    _save(target, folder, target.config.to_dict(), target_table(target.config), "model.", model_dtype, dtype, shard_bytes)
-
-
-def save_drafter(
-    drafter: Drafter, folder: str | Path, dtype: jnp.dtype | None = None, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write a drafter in the published layout; arguments and errors as for `save_target`."""
-    model_dtype = drafter.fc.kernel.dtype
-    _save(drafter, folder, drafter.config.to_dict(), drafter_table(drafter.config), "", model_dtype, dtype, shard_bytes)
-
-
-def _save(
+def write(
     model: nnx.Module,
     folder: str | Path,
     config: dict[str, Any],
