@@ -105,6 +105,8 @@ def target_from_dict(values: dict[str, Any]) -> TargetConfig:
 def _text_model(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The family, and the text model's own settings: a wrapper's stop tokens and tying rule over its text_config's."""
     model_type = values.get("model_type")
+    if "dflash_config" in values or any("DFlash" in name for name in values.get("architectures") or ()):
+        raise InputError("config.json is that of a DFlash drafter, a target is needed; give the drafter as the drafter")
     family = next((name for name, rules in FAMILIES.items() if model_type in (name, rules.model_type)), None)
     if family is None:
         raise InputError(

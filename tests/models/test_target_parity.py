@@ -1,14 +1,18 @@
 """The target against transformers, family by family: logits and every layer's tap, in one piece and through the cache."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
+import jax
 import jax.numpy as jnp
 
 from dflash_jax.cache import TargetCache
 from dflash_jax.checkpoints.target import load_target
+from dflash_jax.models.target import Target
 from tests import torch_models
 
 TOLERANCE = 1e-4
@@ -35,7 +39,8 @@ def check(config, target, hidden, taps, logits, layers):
 
 def test_sequence_gives_the_logits_and_taps_of_transformers(pair):
     config, target, tokens, logits, layers = pair
-    out = target.sequence(jnp.asarray(tokens), tap_ids=range(config.num_layers))
+    sequence = jax.jit(partial(Target.sequence, tap_ids=range(config.num_layers)))
+    out = sequence(target, jnp.asarray(tokens))
     check(config, target, out.hidden, out.taps, logits, layers)
 
 
@@ -56,11 +61,13 @@ def test_cached_chunks_and_blocks_give_the_same(pair):
         padded = np.pad(tokens, ((0, 0), (0, width)), constant_values=1)
         return jnp.asarray([padded[b, n : n + width] for b, n in enumerate(done)])
 
-    for width, count in ((6, [6, 3]), (5, [2, 5])):
-        out, cache = target.prefill(chunk(width), jnp.asarray(count), cache, tap_ids=tap_ids)
+    prefill = jax.jit(partial(Target.prefill, tap_ids=tap_ids))
+    for count in ([6, 3], [2, 5]):
+        out, cache = prefill(target, chunk(6), jnp.asarray(count), cache)
         keep(out, count)
+    verify = jax.jit(partial(Target.verify, tap_ids=tap_ids))
     for kept in ([1, 4], [4, 1], [3, 3], [4, 4], [1, 1]):
-        out = target.verify(chunk(rows), cache, tap_ids=tap_ids)
+        out = verify(target, chunk(rows), cache)
         cache = cache.commit(out.layers, jnp.asarray(kept))
         keep(out, kept)
     assert np.array_equal(done, [LENGTH, LENGTH]) and np.array_equal(cache.lengths, done)
