@@ -43,22 +43,38 @@ _WINDOWED = {"use_sliding_window": True, "sliding_window": 5}
 # Name of the case: the class, and its configuration. Every option that changes the computation is on in one of them.
 CASES = {
     "llama": ("Llama", _DENSE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3}),
-    "llama_tied": ("Llama", _DENSE | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama_tied": (
+        "Llama",
+        _DENSE
+        | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ),
     "qwen2": ("Qwen2", _DENSE | {"head_dim": 10} | _WINDOWED | {"max_window_layers": 1}),
     "qwen3": ("Qwen3", _DENSE | {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
     "qwen3_windowed": ("Qwen3", _DENSE | _WINDOWED | {"max_window_layers": 2, "rope_parameters": _YARN}),
     "qwen3_moe": ("Qwen3Moe", _DENSE | _EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
-    "qwen3_moe_sparse": ("Qwen3Moe", _DENSE | _EXPERTS | _WINDOWED | {"norm_topk_prob": False, "decoder_sparse_step": 2}),
-    "qwen3_next": ("Qwen3Next", _HYBRID | _EXPERTS | {"intermediate_size": 56, "shared_expert_intermediate_size": 20, "mlp_only_layers": [2]}),
+    "qwen3_moe_sparse": (
+        "Qwen3Moe",
+        _DENSE | _EXPERTS | _WINDOWED | {"norm_topk_prob": False, "decoder_sparse_step": 2},
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        _HYBRID | _EXPERTS | {"intermediate_size": 56, "shared_expert_intermediate_size": 20, "mlp_only_layers": [2]},
+    ),
     "qwen3_5": ("Qwen3_5", _HYBRID | {"intermediate_size": 56, "tie_word_embeddings": True}),
     "qwen3_5_moe": ("Qwen3_5Moe", _HYBRID | _EXPERTS | {"shared_expert_intermediate_size": 20}),
     "gpt_oss": (
         "GptOss",
         _COMMON
-        | {"num_hidden_layers": 3, "intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}
+        | {
+            "num_hidden_layers": 3,
+            "intermediate_size": 24,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+        }
         | {"rope_parameters": _YARN | {"truncate": False}, "swiglu_limit": 1.0},
     ),
-}  # fmt: skip
+}
 
 
 def make(case: str, seed: int = 0) -> torch.nn.Module:
@@ -82,7 +98,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         elif parameter.ndim == 1:  # norms stay near what they were, biases and sinks leave zero
             parameter.data = parameter.data + 0.3 * noise
         else:
-            parameter.data = (1.0 if "embed" in name or "conv1d" in name else 0.6) * noise / math.sqrt(parameter.shape[-1])
+            parameter.data = (
+                (1.0 if "embed" in name or "conv1d" in name else 0.6) * noise / math.sqrt(parameter.shape[-1])
+            )
 
 
 def save(case: str, folder: Path, seed: int = 0, **options: object) -> torch.nn.Module:

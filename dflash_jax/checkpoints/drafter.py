@@ -29,5 +29,5 @@ def save_drafter(
     drafter: Drafter, folder: str | Path, dtype: jnp.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a drafter in the published layout; arguments and errors as for `save_target`."""
-    model_dtype = drafter.fc.kernel.dtype
-    write(drafter, folder, drafter.config.to_dict(), drafter_table(drafter.config), "", model_dtype, dtype, shard_bytes)
+    dtype = drafter.fc.kernel.dtype if dtype is None else dtype
+    write(drafter, folder, drafter.config.to_dict(), drafter_table(drafter.config), "", dtype, shard_bytes)

@@ -45,6 +45,7 @@ def _some(keys: Iterable[str]) -> str:
 
 
 def default_dtype(dtype: jnp.dtype | None, landmark: Stored) -> jnp.dtype:
+    """The dtype asked for, or float32 on the CPU and that of the tensor `landmark` on accelerators."""
     if dtype is not None:
         return jnp.dtype(dtype)
     stored = DTYPES.get(landmark.dtype, np.dtype(np.float32))

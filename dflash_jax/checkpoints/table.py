@@ -4,7 +4,6 @@ A piece says where one checkpoint tensor lies inside its leaf, as numpy views. T
 are assigned to them) and write (they are copied out), so a table cannot load one layout and export another.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,24 +28,25 @@ class Piece:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The names in the checkpoint."""
         return (self.key,) if self.scales is None else (self.key, self.scales)
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of the model. `layouts` are the ways a checkpoint may hold it; the first one is written."""
+    """One array of the model.
+
+    `layouts` are the ways a checkpoint may hold it; the first one is written. A `wide` leaf stays float32 in any model.
+    """
 
     path: str
     layouts: tuple[tuple[Piece, ...], ...]
-
-    @property
-    def size(self) -> int:
-        return sum(math.prod(piece.shape) for piece in self.layouts[0])
+    wide: bool = False
 
 
-def whole(path: str, key: str, shape: tuple[int, ...]) -> Leaf:
+def whole(path: str, key: str, shape: tuple[int, ...], wide: bool = False) -> Leaf:
     """A leaf stored as it is."""
-    return Leaf(path, ((Piece(key, shape, lambda leaf: (leaf,)),),))
+    return Leaf(path, ((Piece(key, shape, lambda leaf: (leaf,)),),), wide)
 
 
 def projection(path: str, key: str, inputs: int, outputs: int, bias: bool = False) -> list[Leaf]:

@@ -48,7 +48,5 @@ def save_target(
     Raises:
         InputError: a dtype other than bfloat16, float16 or float32.
     """
-    model_dtype = target.embed.embedding.dtype
-    write(
-        target, folder, target.config.to_dict(), target_table(target.config), "model.", model_dtype, dtype, shard_bytes
-    )
+    dtype = target.embed.embedding.dtype if dtype is None else dtype
+    write(target, folder, target.config.to_dict(), target_table(target.config), "model.", dtype, shard_bytes)

@@ -33,7 +33,7 @@ class Family:
     norm_topk_default: bool = False
 
 
-_HYBRID = {"norm": "zero_centred", "qk_norm": True, "hybrid": True, "head_dim": 256}
+_HYBRID: dict[str, Any] = {"norm": "zero_centred", "qk_norm": True, "hybrid": True, "head_dim": 256}
 
 FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM"),
@@ -88,7 +88,7 @@ def target_from_dict(values: dict[str, Any]) -> TargetConfig:
         sliding_window=window,
         norm=rules.norm,
         rms_norm_eps=top.number("rms_norm_eps", rules.rms_norm_eps),
-        intermediate_size=top.integer("intermediate_size", 0 if family == "qwen3_5_moe" else None, at_least=0),
+        intermediate_size=_read_columns(top, family),
         mlp_bias=top.boolean("mlp_bias", False) if family == "llama" else False,
         moe=moe,
         dense_layers=dense_layers,
@@ -134,6 +134,14 @@ def _check_quantization(family: str, values: dict[str, Any]) -> None:
     )
 
 
+def _read_columns(top: Reader, family: str) -> int:
+    """The width of dense MLPs. Some qwen3_5_moe files carry one although no layer has a dense MLP."""
+    if family == "qwen3_5_moe":
+        top.get("intermediate_size", None)
+        return 0
+    return top.integer("intermediate_size")
+
+
 def _check_heads(top: Reader, heads: int, kv_heads: int) -> None:
     if heads % kv_heads:
         raise top.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -145,20 +153,27 @@ def read_layers(top: Reader, family: str) -> tuple[tuple[LayerType, ...], int | 
     window = _read_window(top, family)
     interval = top.integer("full_attention_interval", 4) if rules.hybrid else 4
     first_windowed = top.integer("max_window_layers", 28, at_least=0)
-    types: Any
     given = top.get("layer_types", None)
-    if given is not None:
-        types = tuple(given)
-    elif rules.hybrid:
-        types = tuple("full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count))
-    elif family == "gpt_oss":
-        types = tuple("full_attention" if i % 2 else "sliding_attention" for i in range(count))
-    elif family == "qwen3_moe":  # its window, when used, holds in every layer
-        types = ("sliding_attention" if window else "full_attention",) * count
-    else:
-        types = tuple("sliding_attention" if window and i >= first_windowed else "full_attention" for i in range(count))
+    types = tuple(given) if given is not None else _default_layers(family, count, interval, window, first_windowed)
     _check_layers(top, rules, types, count, window)
     return types, window if "sliding_attention" in types else None
+
+
+def _default_layers(
+    family: str, count: int, interval: int, window: int | None, first_windowed: int
+) -> tuple[LayerType, ...]:
+    """What transformers assumes without `layer_types`."""
+
+    def kind(i: int) -> LayerType:
+        if FAMILIES[family].hybrid:
+            return "linear_attention" if (i + 1) % interval else "full_attention"
+        if family == "gpt_oss":
+            return "full_attention" if i % 2 else "sliding_attention"
+        # the window of qwen3_moe, when used, holds in every layer
+        windowed = window is not None and (family == "qwen3_moe" or i >= first_windowed)
+        return "sliding_attention" if windowed else "full_attention"
+
+    return tuple(kind(i) for i in range(count))
 
 
 def _read_window(top: Reader, family: str) -> int | None:

@@ -46,8 +46,8 @@ def _gated_delta(c: TargetConfig, path: str, key: str) -> list[Leaf]:
     return [
         _in_proj(c, f"{path}/in_proj/kernel", key),
         _conv(c, f"{path}/conv", f"{key}.conv1d.weight"),
-        whole(f"{path}/A_log", f"{key}.A_log", (delta.num_v_heads,)),
-        whole(f"{path}/dt_bias", f"{key}.dt_bias", (delta.num_v_heads,)),
+        whole(f"{path}/A_log", f"{key}.A_log", (delta.num_v_heads,), wide=True),
+        whole(f"{path}/dt_bias", f"{key}.dt_bias", (delta.num_v_heads,), wide=True),
         whole(f"{path}/norm/weight", f"{key}.norm.weight", (delta.v_head_dim,)),
         *projection(f"{path}/out_proj", f"{key}.out_proj", values, c.hidden_size),
     ]

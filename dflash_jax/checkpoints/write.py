@@ -23,28 +23,25 @@ def write(
     config: dict[str, Any],
     table: list[Leaf],
     prefix: str,
-    model_dtype: jnp.dtype,
-    dtype: jnp.dtype | None,
+    dtype: jnp.dtype,
     shard_bytes: int,
 ) -> None:
-    dtype = np.dtype(model_dtype if dtype is None else dtype)
+    """Write every leaf under the keys of `table`, each with `prefix` but the head, and `config` beside them."""
+    dtype = np.dtype(dtype)
     if dtype not in [DTYPES[name] for name in _WRITABLE]:
         raise InputError(f"checkpoints are not written in {dtype}; give bfloat16, float16 or float32")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    write_folder(folder, _pending(flat, table, prefix, np.dtype(model_dtype), dtype), shard_bytes)
+    write_folder(folder, _pending(flat, table, prefix, dtype), shard_bytes)
     text = json.dumps(config | {"dtype": dtype.name}, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _pending(
-    flat: dict[str, Any], table: list[Leaf], prefix: str, model_dtype: np.dtype, dtype: np.dtype
-) -> Iterator[Pending]:
+def _pending(flat: dict[str, Any], table: list[Leaf], prefix: str, dtype: np.dtype) -> Iterator[Pending]:
     for leaf in table:
         array = flat[leaf.path].get_value()
-        # Leaves that differ from the model's dtype are float32 for a reason; they keep it.
-        written = dtype if array.dtype == model_dtype else np.dtype(array.dtype)
+        written = np.dtype(np.float32) if leaf.wide else dtype
         for piece in leaf.layouts[0]:
             key = piece.key if piece.key.startswith("lm_head.") else prefix + piece.key
             yield Pending(key, piece.shape, written, lambda a=array, p=piece: _tensor(a, p))
