@@ -124,6 +124,13 @@ def test_transformers_reads_what_is_written(model_type, attributes):
     assert TargetConfig.from_dict(json.loads(again.to_json_string(use_diff=False))) == config
 
 
+def test_a_window_that_is_switched_off_or_absent_is_none():
+    """transformers, too, makes every layer full then."""
+    for changes in ({"sliding_window": 8}, {"use_sliding_window": True, "sliding_window": None}):
+        config = TargetConfig.from_dict(LLAMA31 | {"model_type": "qwen3", "max_window_layers": 0} | changes)
+        assert config.sliding_window is None and set(config.layer_types) == {"full_attention"}
+
+
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_both_styles_of_rope_say_the_same(kind):
     scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 512}
@@ -165,6 +172,11 @@ def test_yarn_keeps_an_explicit_attention_factor_and_derives_its_scale():
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "not understood: full_attention"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8' is not supported for llama"),
         ({"use_sliding_window": True}, "use_sliding_window is true, which llama does not have"),
+        ({"model_type": "qwen3", "sliding_window": 0}, "sliding_window is 0, a whole number of at least 1"),
+        (
+            {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 32},
+            r"layer_types holds \['sliding_attention'\].*sliding layers need sliding_window",
+        ),
         ({"num_key_value_heads": 5}, "num_attention_heads 32 is not a multiple of num_key_value_heads 5"),
         ({"hidden_size": "big"}, "hidden_size is 'big', a whole number"),
         ({"vocab_size": None}, "vocab_size is missing"),

@@ -23,7 +23,7 @@ class Family:
     qk_norm: bool = False
     hybrid: bool = False  # gated attention every few layers, gated delta layers between
     sparse: bool = False
-    window: int | None = None  # the default of sliding_window; None: the family has no windows
+    windowed: bool = False
     qkv_bias: bool | None = None  # None: config.json's attention_bias says
     o_bias: bool | None = None
     head_dim: int | None = None
@@ -37,9 +37,9 @@ _HYBRID: dict[str, Any] = {"norm": "zero_centred", "qk_norm": True, "hybrid": Tr
 
 FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM"),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False, window=4096),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, window=4096, head_dim=128),
-    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, window=4096, sparse=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False, windowed=True),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, windowed=True, head_dim=128),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, windowed=True, sparse=True),
     "qwen3_next": Family("qwen3_next", "Qwen3NextForCausalLM", **_HYBRID, sparse=True, norm_topk_default=True),
     "qwen3_5": Family("qwen3_5_text", "Qwen3_5ForCausalLM", **_HYBRID),
     "qwen3_5_moe": Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **_HYBRID, sparse=True, norm_topk=True),
@@ -47,7 +47,7 @@ FAMILIES = {
         "gpt_oss",
         "GptOssForCausalLM",
         norm="fp32_scale",
-        window=128,
+        windowed=True,
         sparse=True,
         head_dim=64,
         rms_norm_eps=1e-5,
@@ -178,13 +178,11 @@ def _default_layers(
 
 def _read_window(top: Reader, family: str) -> int | None:
     rules = FAMILIES[family]
-    window = top.get("sliding_window", rules.window)
+    window = top.integer("sliding_window") if "sliding_window" in top else None
     # gpt_oss has no such switch: its window is always on.
     used = top.boolean("use_sliding_window", family == "gpt_oss")
-    if used and not rules.window:
+    if used and not rules.windowed:
         raise top.error(f"use_sliding_window is true, which {family} does not have; set it to false")
-    if used and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise top.error(f"sliding_window is {window!r}, a whole number of at least 1 is needed")
     return window if used else None
 
 
@@ -196,7 +194,7 @@ def _check_layers(top: Reader, rules: Family, types: tuple[str, ...], count: int
     if wrong:
         raise top.error(
             f"layer_types holds {sorted(wrong)}, accepted here are {sorted(accepted)}; "
-            "sliding layers need use_sliding_window"
+            "sliding layers need sliding_window (and use_sliding_window)"
         )
     if len(types) != count:
         raise top.error(f"layer_types has {len(types)} entries for num_hidden_layers {count}, make them equal")
@@ -272,9 +270,9 @@ def _write_attention(config: TargetConfig) -> dict[str, Any]:
         values["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         values["mlp_bias"] = config.mlp_bias
-    if rules.window:
+    if rules.windowed:
         values["sliding_window"] = config.sliding_window
-    if rules.window and config.family != "gpt_oss":
+    if rules.windowed and config.family != "gpt_oss":
         values["use_sliding_window"] = config.sliding_window is not None
     return values
 

@@ -5,6 +5,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+import jax.numpy as jnp
+import transformers
 from safetensors.numpy import load_file
 
 from dflash_jax.checkpoints import load_target, save_target
@@ -33,3 +35,18 @@ def test_the_written_tensors_are_those_of_transformers(tmp_path, case):
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
+
+
+def test_the_text_model_of_a_vision_language_checkpoint(tmp_path):
+    """As transformers saves it, vision tower and all; text only, its three position rows are equal."""
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 40}
+    text = torch_models.CASES["qwen3_5_moe"][1]
+    wrapper = transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision)
+    reference = transformers.Qwen3_5MoeForConditionalGeneration(wrapper).eval()
+    torch_models.randomise(reference, 1)
+    reference.save_pretrained(tmp_path)
+    assert any(key.startswith("model.visual.") for key in load_file(tmp_path / "model.safetensors"))
+    tokens = np.random.default_rng(0).integers(0, torch_models.VOCAB, (2, 9))
+    _, target = load_target(tmp_path)
+    logits = target.head(target.sequence(jnp.asarray(tokens)).hidden)
+    np.testing.assert_allclose(logits, torch_models.outputs(reference, tokens)[0], atol=1e-4)

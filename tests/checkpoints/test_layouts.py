@@ -42,6 +42,25 @@ def test_a_saved_drafter_loads_bit_for_bit(tmp_path, name, prefix):
     assert_same(loaded, model)
 
 
+def test_a_saved_drafter_has_the_published_tensors(tmp_path):
+    drafter_folder(tmp_path, "dflash2")
+    D, queries, keys, columns, vocab, rank = 32, 32, 16, 64, 64, 5
+    layer = {
+        "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (queries, D), "self_attn.k_proj.weight": (keys, D),
+        "self_attn.v_proj.weight": (keys, D), "self_attn.o_proj.weight": (D, queries),
+        "self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,),
+        "mlp.gate_proj.weight": (columns, D), "mlp.up_proj.weight": (columns, D), "mlp.down_proj.weight": (D, columns),
+        "attention_conv.base_kernel": (2, 2, D), "attention_conv.kernel_projection.weight": (2 * 2 * D // 16, D),
+        "mlp_conv.base_kernel": (2, 2, D), "mlp_conv.kernel_projection.weight": (2 * 2 * D // 16, D),
+    }  # fmt: skip
+    expected = {f"layers.{i}.{key}": shape for i in range(2) for key, shape in layer.items()}
+    expected |= {"fc.weight": (D, 3 * D), "hidden_norm.weight": (D,), "norm.weight": (D,)}
+    expected |= {f"candidate_selector.{key}_codebook.weight": (vocab, rank) for key in ("predecessor", "successor")}
+    expected["candidate_selector.hidden_projection.weight"] = (rank, D)
+    assert {key: value.shape for key, value in load_file(tmp_path / "model.safetensors").items()} == expected
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
 def test_fused_and_separate_experts_load_to_the_same(tmp_path, name):
     model = target_folder(tmp_path, name)

@@ -84,5 +84,4 @@ def test_memory_stays_below_the_model_and_its_largest_leaf(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     used, model, largest = map(int, run(script, tmp_path, "load").split())
     assert model > 350e6 and largest < 40e6
-    print(used, model, largest)
-    assert used < model + 2 * largest + 64 * 2**20, (used, model, largest)
+    assert used < model + 2 * largest, (used, model, largest)
