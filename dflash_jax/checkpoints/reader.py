@@ -27,6 +27,7 @@ FIXED = {
     "mamba_ssm_dtype": ("float32",),
     "swiglu_alpha": (1.702,),
     "use_mrope": (False,),
+    "mlp_bias": (False,),  # where the family may have one it is read
 }
 
 

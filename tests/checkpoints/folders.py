@@ -38,7 +38,7 @@ TARGETS = {
     "qwen3_moe": _BASE | _EXPERTS | {"model_type": "qwen3_moe"},
     "qwen3_next": _BASE | _EXPERTS | _DELTA | {"model_type": "qwen3_next"},
     "qwen3_5_moe": _BASE | _EXPERTS | _DELTA | {"model_type": "qwen3_5_moe_text"},
-    "gpt_oss": _BASE | {"model_type": "gpt_oss", "num_local_experts": 3, "num_experts_per_tok": 2},
+    "gpt_oss": _BASE | {"model_type": "gpt_oss", "sliding_window": 8, "num_local_experts": 3, "num_experts_per_tok": 2},
 }
 DRAFTER = _BASE | {
     "architectures": ["DFlashDraftModel"],
