@@ -14,8 +14,8 @@ class Candidates:
     Tokens that are not listed have probability 0. Padding slots have probability 0 and any id.
     """
 
-    ids: Int32[Array, "B W-1 C"]
-    probs: Float32[Array, "B W-1 C"]
+    ids: Int32[Array, "B drafts C"]
+    probs: Float32[Array, "B drafts C"]
 
 
 @jax.tree_util.register_dataclass

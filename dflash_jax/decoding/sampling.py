@@ -5,7 +5,7 @@ A batch mixes requests freely: each setting has a neutral value that leaves the 
 static `SamplingPlan` (which steps are compiled at all) changes the cost and never a result.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +78,8 @@ class Sampling:
                 repetition_penalty,
                 batch,
                 "repetition_penalty",
-                lambda x: x > 0,
-                "a finite number > 0 (1 switches it off)",
+                lambda x: 1e-6 <= x <= 1e6,
+                "a number from 1e-6 to 1e6 (1 switches it off)",
             ),
             "presence_penalty": _penalty(presence_penalty, batch, "presence_penalty"),
             "frequency_penalty": _penalty(frequency_penalty, batch, "frequency_penalty"),
@@ -249,12 +249,14 @@ def _entries(value: Any, batch: int, name: str) -> list[Any]:
     return list(value)
 
 
-def _floats(value: Any, batch: int, name: str, accepts: Any, accepted: str) -> np.ndarray:
-    for entry in _entries(value, batch, name):
+def _floats(value: Any, batch: int, name: str, accepts: Callable[[Any], bool], accepted: str) -> np.ndarray:
+    entries = _entries(value, batch, name)
+    largest = float(np.finfo(np.float32).max)
+    for entry in entries:
         number = isinstance(entry, (int, float, np.integer, np.floating)) and not isinstance(entry, bool)
-        if not (number and np.isfinite(np.float32(entry)) and accepts(np.float32(entry))):
+        if not (number and abs(entry) <= largest and accepts(entry)):
             raise InputError(f"{name} is {entry!r}; give {accepted}")
-    packed = np.asarray(_entries(value, batch, name), np.float32)
+    packed = np.asarray(entries, np.float32)
     # Subnormal numbers are zero on most accelerators, and must not be half zero.
     return np.where(np.abs(packed) < np.finfo(np.float32).tiny, np.float32(0), packed)
 
@@ -290,5 +292,7 @@ def _bias(value: Any, batch: int, vocab: int) -> np.ndarray | None:
                 raise InputError(
                     f"logit_bias names token {token!r}; give ids from 0 to {vocab - 1}, the target's vocabulary"
                 )
-            row[token] = _floats(amount, 1, f"logit_bias of token {token}", lambda _: True, "a finite number")[0]
+            row[token] = _floats(
+                amount, 1, f"logit_bias of token {token}", lambda x: abs(x) <= 1e9, "a number from -1e9 to 1e9"
+            )[0]
     return bias if bias.any() else None
