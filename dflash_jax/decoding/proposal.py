@@ -23,7 +23,7 @@ class Candidates:
 class Proposal:
     """A chain of W rows a sequence: row 0 is the anchor (the last emitted token), rows 1.. are drafted.
 
-    A drafted row of -1 is never accepted, nor is any row after it, so requests of one batch may draft different lengths.
+    A drafted row of -1 is never accepted, nor is any row after it: requests of one batch may draft different lengths.
     The choice of where to put -1 may depend on anything but the values of tokens that were drawn at random.
     `candidates` is None when the drafts are an argmax, that is when q is one-hot.
     """
@@ -33,6 +33,7 @@ class Proposal:
 
     @property
     def width(self) -> int:
+        """Rows a sequence, the anchor included."""
         return self.tokens.shape[1]
 
 

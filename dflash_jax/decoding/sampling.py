@@ -1,8 +1,8 @@
 """Sampling settings of a batch, and the target's distribution under them, row by row.
 
-Order: bias, repetition, frequency and presence penalty, temperature, top-k, top-p, min-p (the last four as in transformers).
-A batch mixes requests freely: each setting has a neutral value that leaves the numbers of a row exactly as they are, so the
-static `SamplingPlan` (which steps are compiled at all) changes the cost and never a result.
+Order: bias, repetition, frequency and presence penalty, temperature, top-k, top-p, min-p (the last four as transformers
+has them). A batch mixes requests freely: each setting has a neutral value that leaves the numbers of a row exactly as
+they are, so the static `SamplingPlan` (which steps are compiled at all) changes the cost and never a result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ class SamplingPlan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of B requests. Made by `Sampling.build`, which checks them; `None` stands for greedy without any setting."""
+    """Settings of B requests, made by `Sampling.build`, which checks them. None in its place is plain greedy."""
 
     temperature: Float32[Array, " B"]  # 0 is greedy
     top_k: Int32[Array, " B"]  # 0 is off
@@ -184,7 +184,7 @@ def draw(
     history: History | None = None,
     tokens: Int32[Array, "B W"] | None = None,
 ) -> Int32[Array, "B W"]:
-    """The target's own token after each row: a draw with the noise of its position, or the argmax (ties to the lowest id)."""
+    """The target's own token after each row: drawn with its position's noise, or the argmax (ties to the lowest id)."""
     scores = adjusted(logits, sampling, history, tokens)
     if sampling is not None and sampling.plan.random:
         # Unnormalised: without a sum over the vocabulary a score cannot depend on the shape of the batch.
@@ -219,8 +219,8 @@ def _filtered(logits: Array, sampling: Sampling) -> Array:
 def _radius(distance: Array, weight: Array, goal: Array) -> Array:
     """The smallest r with sum(weight where distance <= r) >= goal, or inf: a bisection over the bits of r.
 
-    Floats that are not negative are ordered as their bits are, so 31 halvings find r exactly. That is a few passes over the
-    vocabulary, with no sort (which for 250k tokens costs ten times as much) and no order among equal logits.
+    Floats that are not negative are ordered as their bits are, so 31 halvings find r exactly. A sort takes several
+    times as long for 150k tokens, and would have to put equal logits in some order.
     """
     infinity = int(np.float32(np.inf).view(np.int32))
 

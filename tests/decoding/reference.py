@@ -1,4 +1,4 @@
-"""Sampling rules in plain numpy and float64, one token at a time: what `dflash_jax.decoding.sampling` has to agree with."""
+"""The sampling rules in plain numpy and float64, one token at a time."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 
-def penalised(logits: np.ndarray, settings: Mapping[str, Any], prompt: Sequence[int], generated: Sequence[int]) -> np.ndarray:
+def penalised(
+    logits: np.ndarray, settings: Mapping[str, Any], prompt: Sequence[int], generated: Sequence[int]
+) -> np.ndarray:
     """Logits [V] with bias and penalties after `prompt` and `generated`."""
     logits = np.array(logits, np.float64)
     for token, bias in (settings.get("logit_bias") or {}).items():

@@ -10,7 +10,7 @@ from dflash_jax.decoding.proposal import Candidates, Proposal, plain_proposal
 from dflash_jax.decoding.sampling import History, Sampling, distribution
 
 VOCAB, WIDTH, CHOICES = 9, 4, 3
-_accept = jax.jit(accept)
+_accept, _distribution = jax.jit(accept), jax.jit(distribution)
 
 
 def positions(batch, first=10):
@@ -90,7 +90,7 @@ def test_greedy_requests_compare_whatever_the_drafts_were_drawn_from(seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), options=st.sampled_from([{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {}]))
+@given(seed=st.integers(0, 2**31), options=st.sampled_from([{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}]))
 def test_nothing_filtered_is_ever_emitted(seed, options):
     rng = np.random.default_rng(seed)
     batch = 64
@@ -99,15 +99,14 @@ def test_nothing_filtered_is_ever_emitted(seed, options):
     sampling = Sampling.build(batch, VOCAB, temperature=1.0, seed=seed % 2**32, **options, **penalties)
     history = History.start(tokens, jnp.ones(batch, jnp.int32), VOCAB)
     logits = jnp.asarray(rng.normal(size=(batch, WIDTH, VOCAB)) * 3, jnp.float32)
-    log_p = np.asarray(distribution(logits, sampling, history, tokens))
+    log_p = np.asarray(_distribution(logits, sampling, history, tokens))
     for given_proposal in (Proposal(tokens, candidates), Proposal(tokens)):
         found = _accept(given_proposal, logits, positions(batch), sampling, history)
-        for b in range(batch):
-            count = int(found.count[b])
-            emitted = np.asarray(found.emitted[b])
-            assert 1 <= count <= WIDTH and np.all(emitted[count:] == -1)
-            np.testing.assert_array_equal(emitted[: count - 1], tokens[b, 1:count])
-            assert np.all(np.isfinite(log_p[b, np.arange(count), emitted[:count]]))
+        emitted, kept = np.asarray(found.emitted), np.arange(WIDTH) < np.asarray(found.count)[:, None]
+        assert np.all(kept[:, 0]) and np.all(emitted[~kept] == -1)
+        assert np.all(np.isfinite(np.take_along_axis(log_p, emitted[..., None], -1)[..., 0][kept]))
+        accepted = kept[:, 1:]
+        np.testing.assert_array_equal(emitted[:, :-1][accepted], np.asarray(tokens)[:, 1:][accepted])
 
 
 def test_a_draft_from_the_targets_own_distribution_is_always_accepted():
@@ -115,7 +114,7 @@ def test_a_draft_from_the_targets_own_distribution_is_always_accepted():
     batch = 500
     sampling = Sampling.build(batch, VOCAB, temperature=0.8, top_k=6, seed=1)
     logits = jnp.asarray(rng.normal(size=(batch, WIDTH, VOCAB)) * 2, jnp.float32)
-    log_p = distribution(logits, sampling)
+    log_p = _distribution(logits, sampling)
     drafts = jnp.argmax(log_p + rng.gumbel(size=log_p.shape), axis=-1).astype(jnp.int32)[:, :-1]
     ids = jnp.broadcast_to(jnp.arange(VOCAB, dtype=jnp.int32), (batch, WIDTH - 1, VOCAB))
     candidates = Candidates(ids, jnp.exp(log_p[:, :-1]))
@@ -153,15 +152,15 @@ def test_a_draft_that_q_cannot_have_drawn_is_refused():
 
 def test_a_request_does_not_depend_on_its_batch():
     rng = np.random.default_rng(5)
-    batch = 8
+    batch = 4
     tokens, candidates = random_candidates(rng, batch)
     logits = jnp.asarray(rng.normal(size=(batch, WIDTH, VOCAB)), jnp.float32)
     options = {
-        "temperature": [0.0, 1.0, 0.7, 1.3, 1.0, 0.0, 2.0, 1.0],
-        "top_k": [0, 0, 4, 0, 0, 0, 0, 0],
-        "top_p": [1.0, 1.0, 1.0, 0.8, 1.0, 1.0, 1.0, 0.6],
-        "frequency_penalty": [0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.5],
-        "seed": [3, 3, 3, 4, 5, 6, 7, 2**32 - 1],
+        "temperature": [0.0, 1.0, 1.3, 1.0],
+        "top_k": [0, 0, 4, 0],
+        "top_p": [1.0, 1.0, 0.8, 0.6],
+        "frequency_penalty": [2.0, 0.0, 0.0, 0.5],
+        "seed": [3, 3, 4, 2**32 - 1],
     }
     history = History.start(tokens, jnp.ones(batch, jnp.int32), VOCAB)
     together = Sampling.build(batch, VOCAB, **options)

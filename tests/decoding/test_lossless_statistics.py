@@ -1,7 +1,7 @@
 """Speculative output has the distribution of plain sampling, exactly; and this test sees it when a rule is broken.
 
-Requests of all settings share one batch. Their first three tokens (which span several rounds) are compared with the distribution
-that the toy target's table implies, worked out token by token in float64.
+Requests of all settings share one batch. Their first three tokens (which span several rounds) are compared with the
+distribution that the toy target's table implies, worked out token by token in float64.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from dflash_jax.decoding.sampling import Sampling
 from tests.decoding import toy
 from tests.statistics import THRESHOLD, chi_square, histogram, marginal
 
-SEEDS, STEPS, WIDTH = 12000, 3, 4
+SEEDS, STEPS, WIDTH = 10000, 3, 3
 COLLAPSED = 1e-9
 MODEL = toy.Toy()
 DEFAULTS = {
@@ -52,17 +52,17 @@ def exact(group):
     return MODEL.exact(GROUPS[group], STEPS)
 
 
-def sample(kind, width=WIDTH):
+@cache
+def build(groups):
+    requests = [DEFAULTS | GROUPS[name] for name in groups] * SEEDS
+    settings = {name: [request[name] for request in requests] for name in DEFAULTS}
+    return Sampling.build(len(requests), toy.VOCAB, seed=list(range(len(requests))), **settings)
+
+
+def sample(kind, width=WIDTH, groups=tuple(GROUPS)):
     """{group: tokens [SEEDS, STEPS]}, and the mean tokens a round."""
-    requests = [DEFAULTS | GROUPS[name] for name in GROUPS] * SEEDS
-    settings = Sampling.build(
-        len(requests),
-        toy.VOCAB,
-        seed=list(range(len(requests))),
-        **{name: [request[name] for request in requests] for name in DEFAULTS},
-    )
-    tokens, rate = toy.speculate(MODEL, kind, width, settings, STEPS)
-    return {name: tokens[i :: len(GROUPS)] for i, name in enumerate(GROUPS)}, rate
+    tokens, rate = toy.speculate(MODEL, kind, width, build(groups), STEPS)
+    return {name: tokens[i :: len(groups)] for i, name in enumerate(groups)}, rate
 
 
 def p_values(tokens, group):
@@ -72,22 +72,25 @@ def p_values(tokens, group):
     return {chosen: chi_square(marginal(counts, chosen), marginal(exact(group), chosen)) for chosen in axes}
 
 
-@pytest.mark.parametrize(("kind", "width"), [("argmax", 1), ("argmax", WIDTH), ("candidates", WIDTH), ("ragged", WIDTH)])
+@pytest.mark.parametrize(
+    ("kind", "width"), [("argmax", 1), ("argmax", WIDTH), ("candidates", WIDTH), ("ragged", WIDTH)]
+)
 def test_output_has_the_distribution_of_plain_sampling(kind, width):
     groups, rate = sample(kind, width)
     for group, tokens in groups.items():
         values = p_values(tokens, group)
         assert min(values.values()) > THRESHOLD, (group, values)
+    # Three tokens hold a whole round, its bonus included, and also the seams of shorter ones.
     # The drafter is neither useless nor perfect, so that every branch was taken.
     assert rate == 1 if width == 1 else 1.3 < rate < 3
 
 
 def test_argmax_drafts_give_the_tokens_of_plain_sampling():
     plain, _ = sample("argmax", 1)
-    for width in (2, WIDTH):
-        speculative, _ = sample("argmax", width)
-        for group in GROUPS:
-            np.testing.assert_array_equal(speculative[group], plain[group])
+    speculative, rate = sample("argmax", 4)
+    assert rate > 1.3
+    for group in GROUPS:
+        np.testing.assert_array_equal(speculative[group], plain[group])
 
 
 def _accept_always(monkeypatch):
@@ -169,6 +172,6 @@ def _top_p_before_top_k(monkeypatch):
 )
 def test_a_broken_rule_is_detected(monkeypatch, breaks, kind, group):
     breaks(monkeypatch)
-    groups, _ = sample(kind)
+    groups, _ = sample(kind, groups=(group,))
     values = p_values(groups[group], group)
     assert min(values.values()) < COLLAPSED, values

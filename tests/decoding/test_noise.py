@@ -13,7 +13,9 @@ SEEDS = jnp.arange(40, dtype=jnp.uint32) + jnp.uint32(2**32 - 20)
 POSITIONS = jnp.arange(5, dtype=jnp.int32) + 100 * jnp.arange(40, dtype=jnp.int32)[:, None]
 
 
-@pytest.mark.parametrize(("sample", "law"), [(gumbel(SEEDS, POSITIONS, 60), "gumbel_r"), (uniform(SEEDS, POSITIONS), "uniform")])
+@pytest.mark.parametrize(
+    ("sample", "law"), [(gumbel(SEEDS, POSITIONS, 60), "gumbel_r"), (uniform(SEEDS, POSITIONS), "uniform")]
+)
 def test_law(sample, law):
     assert np.all(np.isfinite(sample))
     assert stats.kstest(np.ravel(sample), law).pvalue > 1e-3

@@ -1,7 +1,7 @@
 """A target that is a table, drafters that are a worse table, and the exact distribution of what they should say.
 
-The next token's logits depend on the last two tokens, so a marginal over two steps sees a wrong history, a wrong row and a
-wrong round boundary.
+The next token's logits depend on the last two tokens, so a marginal over two steps sees a wrong history, a wrong row
+and a wrong seam between rounds.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Toy:
 
 
 def propose(toy: Toy, kind: str, width: int, before: jax.Array, anchor: jax.Array, positions, seed) -> Proposal:
-    """Drafts of an imperfect drafter: `argmax`, or `candidates` that are drawn; `ragged` drops drafts of some requests."""
+    """Drafts of an imperfect drafter: `argmax`, or `candidates` that are drawn; `ragged` leaves some of those out."""
     noise = gumbel(seed, positions, CHOICES, Purpose.DRAFT)
     tokens, ids, probs = [anchor], [], []
     for row in range(width - 1):
