@@ -97,7 +97,8 @@ def speculate(toy: Toy, kind: str, width: int, sampling: Sampling, steps: int) -
     tokens = jnp.zeros((batch, len(PROMPT) + steps + width), jnp.int32).at[:, : len(PROMPT)].set(jnp.array(PROMPT))
     length = jnp.full(batch, len(PROMPT), jnp.int32)
     history = History.start(tokens, length, VOCAB) if sampling.plan.penalties else None
-    step = jax.jit(partial(one_round, toy, kind, width))
+    # Each program runs three times on tiny arrays: what costs time is to compile it.
+    step = jax.jit(partial(one_round, toy, kind, width), compiler_options={"xla_backend_optimization_level": 1})
     counts = []
     for _ in range(steps):
         tokens, length, history, count = step(tokens, length, sampling, history)
