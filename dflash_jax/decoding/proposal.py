@@ -21,8 +21,8 @@ class Candidates:
     Tokens that are not listed have probability 0. Padding slots have probability 0 and any id.
     """
 
-    ids: Int32[Array, "B W-1 C"]
-    probs: Float32[Array, "B W-1 C"]
+    ids: Int32[Array, "B drafts C"]
+    probs: Float32[Array, "B drafts C"]
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,7 @@ class Candidates:
 class Proposal:
     """A chain of W rows a sequence: row 0 is the anchor (the last emitted token), rows 1.. are drafted.
 
-    A drafted row of -1 is never accepted, nor is any row after it, so requests of one batch may draft different lengths.
+    A drafted row of -1 is never accepted, nor is any row after it: requests of one batch may draft different lengths.
     The choice of where to put -1 may depend on anything but the values of tokens that were drawn at random.
     `candidates` is None when the drafts are an argmax, that is when q is one-hot.
     """
@@ -40,6 +40,7 @@ class Proposal:
 
     @property
     def width(self) -> int:
+        """Rows a sequence, the anchor included."""
         return self.tokens.shape[1]
 
 
