@@ -1,0 +1,294 @@
+"""Sampling settings of a batch, and the target's distribution under them, row by row.
+
+Order: bias, repetition, frequency and presence penalty, temperature, top-k, top-p, min-p (the last four as in transformers).
+A batch mixes requests freely: each setting has a neutral value that leaves the numbers of a row exactly as they are, so the
+static `SamplingPlan` (which steps are compiled at all) changes the cost and never a result.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from dflash_jax.decoding.noise import gumbel
+from dflash_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Which steps some request of the batch needs. Static: a new plan is a new compilation."""
+
+    random: bool = False
+    filters: bool = False
+    penalties: bool = False
+    bias: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of B requests. Made by `Sampling.build`, which checks them; `None` stands for greedy without any setting."""
+
+    temperature: Float32[Array, " B"]  # 0 is greedy
+    top_k: Int32[Array, " B"]  # 0 is off
+    top_p: Float32[Array, " B"]  # 1 is off
+    min_p: Float32[Array, " B"]  # 0 is off
+    repetition_penalty: Float32[Array, " B"]  # 1 is off
+    presence_penalty: Float32[Array, " B"]
+    frequency_penalty: Float32[Array, " B"]
+    seed: UInt32[Array, " B"]
+    logit_bias: Float32[Array, "B V"] | None
+    plan: SamplingPlan = field(metadata={"static": True})
+
+    @staticmethod
+    def build(
+        batch: int,
+        vocab: int,
+        *,
+        temperature: Any = 0.0,
+        top_k: Any = 0,
+        top_p: Any = 1.0,
+        min_p: Any = 0.0,
+        repetition_penalty: Any = 1.0,
+        presence_penalty: Any = 0.0,
+        frequency_penalty: Any = 0.0,
+        logit_bias: Any = None,
+        seed: Any = 0,
+    ) -> "Sampling | None":
+        """Check and pack the settings: each a scalar for the whole batch or a sequence of length `batch`.
+
+        A scalar `seed` gives request i the seed `seed + i` (mod 2**32), so that equal prompts get different answers.
+        `logit_bias` is {token id: bias}, or a sequence of such (or None) a request.
+
+        Returns None where every request is greedy without penalties or bias: the rounds then only take an argmax.
+        Raises InputError for a value out of its range or a sequence of another length.
+        """
+        values = {
+            "temperature": _floats(
+                temperature, batch, "temperature", lambda x: x >= 0, "a finite number >= 0 (0 is greedy)"
+            ),
+            "top_k": _integers(top_k, batch, "top_k", 2**31 - 1, "(0 switches it off)"),
+            "top_p": _floats(top_p, batch, "top_p", lambda x: 0 < x <= 1, "a number in (0, 1] (1 switches it off)"),
+            "min_p": _floats(min_p, batch, "min_p", lambda x: 0 <= x <= 1, "a number in [0, 1] (0 switches it off)"),
+            "repetition_penalty": _floats(
+                repetition_penalty,
+                batch,
+                "repetition_penalty",
+                lambda x: x > 0,
+                "a finite number > 0 (1 switches it off)",
+            ),
+            "presence_penalty": _penalty(presence_penalty, batch, "presence_penalty"),
+            "frequency_penalty": _penalty(frequency_penalty, batch, "frequency_penalty"),
+        }
+        bias = _bias(logit_bias, batch, vocab)
+        plan = SamplingPlan(
+            random=bool(np.any(values["temperature"] > 0)),
+            filters=any(bool(np.any(values[name] != off)) for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))),
+            penalties=bool(np.any(values["repetition_penalty"] != 1))
+            or bool(np.any(values["presence_penalty"]) or np.any(values["frequency_penalty"])),
+            bias=bias is not None,
+        )
+        if not (plan.random or plan.penalties or plan.bias):
+            return None
+        arrays = {name: jnp.asarray(value) for name, value in values.items()}
+        return Sampling(
+            **arrays,
+            seed=jnp.asarray(_seeds(seed, batch)),
+            logit_bias=None if bias is None else jnp.asarray(bias),
+            plan=plan,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class History:
+    """What the penalties look at: the tokens of the prompt, and the generated ones up to and including the anchor."""
+
+    prompt_seen: Bool[Array, "B V"]
+    counts: Int32[Array, "B V"]
+
+    @staticmethod
+    def start(prompts: Int32[Array, "B T"], lengths: Int32[Array, " B"], vocab: int) -> "History":
+        """The history before the first generated token; a prompt's tokens from its length on are padding."""
+        batch, width = prompts.shape
+        ids = jnp.where(jnp.arange(width) < lengths[:, None], prompts, vocab)
+        seen = jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
+        return History(prompt_seen=seen, counts=jnp.zeros((batch, vocab), jnp.int32))
+
+    def add(self, tokens: Int32[Array, "B N"], mask: Bool[Array, "B N"]) -> "History":
+        """The history after the emitted tokens where `mask` holds; negative tokens are ignored."""
+        batch, vocab = self.counts.shape
+        ids = jnp.where(mask & (tokens >= 0), tokens, vocab)
+        counts = self.counts.at[jnp.arange(batch)[:, None], ids].add(1, mode="drop")
+        return History(prompt_seen=self.prompt_seen, counts=counts)
+
+
+def row_counts(history: History, tokens: Int32[Array, "B W"]) -> Int32[Array, "B W V"]:
+    """Generated tokens as each row of a proposal sees them: row i has the history's and the drafted rows 1..i."""
+    drafted = jax.nn.one_hot(tokens.at[:, 0].set(-1), history.counts.shape[-1], dtype=jnp.int32)
+    return history.counts[:, None] + jnp.cumsum(drafted, axis=1)
+
+
+def adjusted(
+    logits: Float32[Array, "B W V"],
+    sampling: Sampling | None,
+    history: History | None = None,
+    tokens: Int32[Array, "B W"] | None = None,
+) -> Float32[Array, "B W V"]:
+    """Logits with the bias and with the penalties of each row's own history; their argmax is the greedy choice.
+
+    `history` and the proposal's `tokens` are needed when `sampling.plan.penalties`, and ignored otherwise.
+    """
+    if sampling is None:
+        return logits
+    if sampling.logit_bias is not None:
+        logits = logits + sampling.logit_bias[:, None]
+    if sampling.plan.penalties:
+        if history is None or tokens is None:
+            raise ValueError("penalties need the history and the tokens of the rows")
+        logits = _penalised(logits, sampling, history.prompt_seen[:, None], row_counts(history, tokens))
+    return logits
+
+
+def _penalised(logits: Array, sampling: Sampling, prompt_seen: Array, counts: Array) -> Array:
+    factor = sampling.repetition_penalty[:, None, None]
+    repeated = prompt_seen | (counts > 0)
+    logits = jnp.where(repeated, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    logits = logits - sampling.frequency_penalty[:, None, None] * counts
+    return logits - sampling.presence_penalty[:, None, None] * (counts > 0)
+
+
+def distribution(
+    logits: Float32[Array, "B W V"],
+    sampling: Sampling | None,
+    history: History | None = None,
+    tokens: Int32[Array, "B W"] | None = None,
+) -> Float32[Array, "B W V"]:
+    """Log-probabilities of the next token after each row: -inf where filtered, one-hot for greedy requests."""
+    logits = adjusted(logits, sampling, history, tokens)
+    best = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
+    one_hot = jnp.where(best, 0.0, -jnp.inf)
+    if sampling is None or not sampling.plan.random:
+        return one_hot
+    return jnp.where(_is_random(sampling), jax.nn.log_softmax(_filtered(logits, sampling), axis=-1), one_hot)
+
+
+def draw(
+    logits: Float32[Array, "B W V"],
+    positions: Int32[Array, "B W"],
+    sampling: Sampling | None,
+    history: History | None = None,
+    tokens: Int32[Array, "B W"] | None = None,
+) -> Int32[Array, "B W"]:
+    """The target's own token after each row: a draw with the noise of its position, or the argmax (ties to the lowest id)."""
+    scores = adjusted(logits, sampling, history, tokens)
+    if sampling is not None and sampling.plan.random:
+        # Unnormalised: without a sum over the vocabulary a score cannot depend on the shape of the batch.
+        noisy = _filtered(scores, sampling) + gumbel(sampling.seed, positions, logits.shape[-1])
+        scores = jnp.where(_is_random(sampling), noisy, scores)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def _is_random(sampling: Sampling) -> Array:
+    return (sampling.temperature > 0)[:, None, None]
+
+
+def _filtered(logits: Array, sampling: Sampling) -> Array:
+    """Logits over temperature, at most 0, and -inf outside top-k, top-p and min-p. Equal logits stay or go together."""
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None, None]
+    # The maximum goes first: no temperature overflows, and the leading tokens keep all their digits.
+    distance = (jnp.max(logits, axis=-1, keepdims=True) - logits) / temperature
+    if not sampling.plan.filters:
+        return -distance
+    vocab = logits.shape[-1]
+    top_k = jnp.where(sampling.top_k == 0, vocab, jnp.minimum(sampling.top_k, vocab))[:, None, None]
+    radius = _radius(distance, jnp.ones_like(distance), top_k.astype(jnp.float32))
+    mass = jnp.where(distance <= radius, jnp.exp(-distance), 0.0)
+    top_p = sampling.top_p[:, None, None]
+    nucleus = _radius(distance, mass, top_p * jnp.sum(mass, axis=-1, keepdims=True))
+    # Tokens too unlikely to change the sum are still part of everything.
+    radius = jnp.where(top_p < 1, jnp.minimum(radius, nucleus), radius)
+    radius = jnp.minimum(radius, -jnp.log(sampling.min_p)[:, None, None])
+    return jnp.where(distance <= radius, -distance, -jnp.inf)
+
+
+def _radius(distance: Array, weight: Array, goal: Array) -> Array:
+    """The smallest r with sum(weight where distance <= r) >= goal, or inf: a bisection over the bits of r.
+
+    Floats that are not negative are ordered as their bits are, so 31 halvings find r exactly. That is a few passes over the
+    vocabulary, with no sort (which for 250k tokens costs ten times as much) and no order among equal logits.
+    """
+    infinity = int(np.float32(np.inf).view(np.int32))
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        inside = distance <= jax.lax.bitcast_convert_type(middle, jnp.float32)
+        enough = jnp.sum(jnp.where(inside, weight, 0.0), axis=-1, keepdims=True) >= goal
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    low = jnp.zeros((*distance.shape[:-1], 1), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, infinity)))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _entries(value: Any, batch: int, name: str) -> list[Any]:
+    """One entry a request; a scalar is repeated."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        value = np.asarray(value).tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * batch
+    if len(value) != batch:
+        raise InputError(
+            f"{name} has {len(value)} entries for {batch} requests; give one value, or one for each request"
+        )
+    return list(value)
+
+
+def _floats(value: Any, batch: int, name: str, accepts: Any, accepted: str) -> np.ndarray:
+    for entry in _entries(value, batch, name):
+        number = isinstance(entry, (int, float, np.integer, np.floating)) and not isinstance(entry, bool)
+        if not (number and np.isfinite(np.float32(entry)) and accepts(np.float32(entry))):
+            raise InputError(f"{name} is {entry!r}; give {accepted}")
+    packed = np.asarray(_entries(value, batch, name), np.float32)
+    # Subnormal numbers are zero on most accelerators, and must not be half zero.
+    return np.where(np.abs(packed) < np.finfo(np.float32).tiny, np.float32(0), packed)
+
+
+def _penalty(value: Any, batch: int, name: str) -> np.ndarray:
+    return _floats(value, batch, name, lambda x: -2 <= x <= 2, "a number in [-2, 2] (0 switches it off)")
+
+
+def _integers(value: Any, batch: int, name: str, largest: int, note: str = "") -> np.ndarray:
+    entries = _entries(value, batch, name)
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, (int, np.integer)) or not 0 <= entry <= largest:
+            raise InputError(f"{name} is {entry!r}; give an integer from 0 to {largest} {note}".rstrip())
+    return np.asarray(entries, np.int64).astype(np.int32 if largest < 2**31 else np.uint32)
+
+
+def _seeds(value: Any, batch: int) -> np.ndarray:
+    seeds = _integers(value, batch, "seed", 2**32 - 1)
+    scalar = not isinstance(value, Sequence) and np.ndim(value) == 0
+    return seeds + np.arange(batch, dtype=np.uint32) if scalar else seeds
+
+
+def _bias(value: Any, batch: int, vocab: int) -> np.ndarray | None:
+    entries = [value] * batch if value is None or isinstance(value, Mapping) else _entries(value, batch, "logit_bias")
+    bias = np.zeros((batch, vocab), np.float32)
+    for row, entry in zip(bias, entries, strict=True):
+        if entry is not None and not isinstance(entry, Mapping):
+            raise InputError(
+                f"logit_bias is {entry!r}; give {{token id: bias}}, or a sequence of such, one for each request"
+            )
+        for token, amount in (entry or {}).items():
+            if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocab:
+                raise InputError(
+                    f"logit_bias names token {token!r}; give ids from 0 to {vocab - 1}, the target's vocabulary"
+                )
+            row[token] = _floats(amount, 1, f"logit_bias of token {token}", lambda _: True, "a finite number")[0]
+    return bias if bias.any() else None

@@ -1,0 +1,172 @@
+"""The block-diffusion drafter: DFlash (arXiv 2602.06036) and DFlash 2.
+
+It has no embedding and no head: it borrows the target's. In every layer the queries come from the block's rows only; keys
+and values come from the context (the target's taps, fused once for all layers) and from the block's rows.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dflash_jax.cache import DrafterCache, KeyValues
+from dflash_jax.config import DrafterConfig
+from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation
+from pallas_kernels.block_attention import block_attention
+
+
+class DynamicConv(nnx.Module):
+    """Two-tap grouped convolution along the block, its taps shifted by the sub-layer's input; identity at initialisation."""
+
+    def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        dim, self.group = config.hidden_size, config.conv_group_size
+        self.base = nnx.Param(jnp.zeros((2, 2, dim), dtype).at[:, 0].set(1))  # [before/after, tap, D]
+        self.proj = linear(dim, 4 * dim // self.group, dtype=dtype, rngs=rngs)
+        self.proj.kernel[...] = jnp.zeros_like(self.proj.kernel[...])
+
+    def __call__(self, x: Float[Array, "... W D"]) -> tuple[Array, Callable[[Array], Array]]:
+        """x convolved for the sub-layer, and the convolution to put behind the sub-layer."""
+        shift = self.proj(x).reshape(*x.shape[:-1], 2, 2, -1)
+        taps = self.base[...].astype(x.dtype) + jnp.repeat(shift, self.group, axis=-1)  # [... W 2 2 D]
+
+        def convolve(y: Array, side: int) -> Array:
+            before = jnp.pad(y[..., :-1, :], [(0, 0)] * (y.ndim - 2) + [(1, 0), (0, 0)])
+            return taps[..., side, 0, :] * y + taps[..., side, 1, :] * before
+
+        return convolve(x, 0), lambda y: convolve(y, 1)
+
+
+def _unchanged(x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    return x, lambda y: y
+
+
+class DrafterAttention(nnx.Module):
+    """Queries, output and norms of one layer; keys and values of all layers are made by `Drafter.kv_proj`."""
+
+    def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c, width = config, config.num_heads * config.head_dim
+        self.q_proj = linear(c.hidden_size, width, bias=c.attention_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(width, c.hidden_size, bias=c.attention_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
+
+
+class DrafterLayer(nnx.Module):
+    def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = config
+        self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.attention = DrafterAttention(c, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+        self.attention_conv = DynamicConv(c, dtype=dtype, rngs=rngs) if c.conv_kernel_size else None
+        self.mlp_conv = DynamicConv(c, dtype=dtype, rngs=rngs) if c.conv_kernel_size else None
+
+    def __call__(self, x: Float[Array, "... W D"], attend: Callable[[Array], Array]) -> Float[Array, "... W D"]:
+        """`attend` maps normed rows [..., W, D] to heads side by side [..., W, N * H]."""
+        h, after = (self.attention_conv or _unchanged)(self.input_norm(x))
+        x = x + after(self.attention.o_proj(attend(h)))
+        h, after = (self.mlp_conv or _unchanged)(self.post_norm(x))
+        return x + after(self.mlp(h))
+
+
+class Selector(nnx.Module):
+    """DFlash 2's candidate selector: how well token b follows token a at a row, of rank R."""
+
+    def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.selector_rank)
+        self.predecessor = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.successor = nnx.Param(jnp.zeros(shape, dtype))
+        self.hidden = linear(config.hidden_size, config.selector_rank, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, previous: Int[Array, "..."], candidates: Int[Array, "... C"], hidden: Float[Array, "... D"]
+    ) -> Float[Array, "... C"]:
+        """What to add to the candidates' logits after `previous`, in fp32."""
+        query = self.predecessor[...][previous].astype(hidden.dtype) * self.hidden(hidden)
+        keys = self.successor[...][candidates].astype(hidden.dtype)
+        return jnp.einsum("...r,...cr->...c", query, keys, preferred_element_type=jnp.float32)
+
+
+class Drafter(nnx.Module):
+    """Block rows stand at positions `lengths[b] + i`: the anchor, then a mask token for each drafted row."""
+
+    def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        c = self.config = config
+        width = c.num_kv_heads * c.head_dim
+        self.fc = linear(len(c.tap_ids) * c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.kv_proj = StackedKeyValues(c.num_layers, c.hidden_size, width, c.attention_bias, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([DrafterLayer(c, dtype=dtype, rngs=rngs) for _ in range(c.num_layers)])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.selector = Selector(c, dtype=dtype, rngs=rngs) if c.selector_rank else None
+
+    def context(self, taps: Float[Array, "B T CD"], lengths: Int[Array, "B"]) -> tuple[KeyValues, ...]:
+        """Keys and values of T context positions from `lengths[b]` on, for every layer, from one stacked product."""
+        c = self.config
+        B, T, _ = taps.shape
+        features = self.hidden_norm(self.fc(taps.astype(self.fc.kernel.dtype)))
+        turn = rotation(lengths[:, None] + jnp.arange(T), c.rope, features.dtype)
+        keys_values = self.kv_proj(features).reshape(c.num_layers, B, T, 2, c.num_kv_heads, c.head_dim)
+
+        def of_layer(layer: DrafterLayer, kv: Array) -> KeyValues:
+            k = rotate(layer.attention.k_norm(kv[:, :, 0]), turn)
+            return KeyValues(k.swapaxes(1, 2), kv[:, :, 1].swapaxes(1, 2))
+
+        return tuple(of_layer(layer, kv) for layer, kv in zip(self.layers, keys_values, strict=True))
+
+    def __call__(
+        self, x: Float[Array, "B W D"], cache: DrafterCache, lengths: Int[Array, "B"]
+    ) -> Float[Array, "B W D"]:
+        """Hidden states of the block after the final norm; x are its embeddings. Nothing of the block is kept."""
+        c = self.config
+        x = x.astype(self.fc.kernel.dtype) * c.input_embedding_scale
+        turn = rotation(lengths[:, None] + jnp.arange(x.shape[1]), c.rope, x.dtype)
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"draft{i}"):
+                x = layer(x, lambda h, i=i: self._attend(i, h, cache.layers[i], lengths, turn))
+        return self.norm(x)
+
+    def _attend(self, i: int, h: Array, cache: KeyValues, lengths: Array, turn: Rotation) -> Array:
+        c, (B, W, _) = self.config, h.shape
+        q, k, v = self.heads(i, h)
+        out = block_attention(
+            rotate(q, turn), cache.keys, cache.values, rotate(k, turn), v, lengths,
+            causal=c.causal[i], scale=c.head_dim**-0.5, window=self.window(i),
+        )  # fmt: skip
+        return out.reshape(B, W, -1)
+
+    def window(self, i: int) -> int | None:
+        return self.config.sliding_window if self.config.layer_types[i] == "sliding_attention" else None
+
+    def heads(self, i: int, h: Float[Array, "... W D"]) -> tuple[Array, Array, Array]:
+        """Queries [..., W, N, H], keys and values [..., W, K, H] of block rows in layer i, normed and not yet turned."""
+        c, attention = self.config, self.layers[i].attention
+        q = attention.q_norm(attention.q_proj(h).reshape(*h.shape[:-1], c.num_heads, c.head_dim))
+        kv = self.kv_proj.of_layer(i, h).reshape(*h.shape[:-1], 2, c.num_kv_heads, c.head_dim)
+        return q, attention.k_norm(kv[..., 0, :, :]), kv[..., 1, :, :]
+
+    def logits(self, head: Callable[[Array], Array], hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """The target's `head` on the drafter's hidden states, scaled and capped as configured, in fp32."""
+        c = self.config
+        logits = head(hidden) * c.output_multiplier
+        cap = c.final_logit_softcapping
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+
+class StackedKeyValues(nnx.Module):
+    """Key and value projections of all L layers in one kernel [L, D, 2, K * H]."""
+
+    def __init__(self, layers: int, dim: int, width: int, bias: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.kernel = nnx.Param(init(rngs.params(), (layers, dim, 2, width), dtype))
+        self.bias = nnx.Param(jnp.zeros((layers, 2, width), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "L B T 2 KH"]:
+        out = jnp.einsum("btd,ldcw->lbtcw", x, self.kernel[...].astype(x.dtype))
+        return out if self.bias is None else out + self.bias[...].astype(x.dtype)[:, None, None]
+
+    def of_layer(self, i: int, x: Float[Array, "... D"]) -> Float[Array, "... 2 KH"]:
+        out = jnp.einsum("...d,dcw->...cw", x, self.kernel[i].astype(x.dtype))
+        return out if self.bias is None else out + self.bias[i].astype(x.dtype)

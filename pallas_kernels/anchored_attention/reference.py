@@ -1,0 +1,58 @@
+"""Attention of the drafter's training blocks: the definition, in jnp."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+HIDDEN = -1e30  # a finite score: a row without any visible key stays finite
+
+
+def context_mask(
+    anchors: Int[Array, "B A"], rows: int, length: int, window: int | None
+) -> Bool[Array, "B A W T"]:
+    """Context position t is visible when it lies strictly before the anchor and inside the row's window.
+
+    The anchor's own position is part of the block, never of the context: its features already know the token after it.
+    """
+    t = jnp.arange(length)
+    visible = jnp.broadcast_to(t < anchors[..., None, None], (*anchors.shape, rows, length))
+    if window is not None:
+        positions = anchors[..., None] + jnp.arange(rows)
+        visible &= t > positions[..., None] - window
+    return visible
+
+
+def block_mask(rows: int, causal: bool, window: int | None) -> Bool[Array, "W W"]:
+    """Row j of the block is visible to row i: all of them, or those not after i, and inside the window."""
+    distance = jnp.arange(rows)[:, None] - jnp.arange(rows)
+    visible = distance >= 0 if causal else jnp.ones_like(distance, bool)
+    return visible if window is None else visible & (distance < window)
+
+
+def anchored_attention(
+    q: Float[Array, "B A W N H"],
+    ctx_k: Float[Array, "B T K H"],
+    ctx_v: Float[Array, "B T K H"],
+    blk_k: Float[Array, "B A W K H"],
+    blk_v: Float[Array, "B A W K H"],
+    anchors: Int[Array, "B A"],
+    *,
+    causal: bool,
+    window: int | None = None,
+    scale: float,
+) -> Float[Array, "B A W N H"]:
+    """Softmax in fp32 over the context strictly before each anchor and the block's own rows; no block sees another.
+
+    Row w of block a stands at position `anchors[b, a] + w`; a window counts the query itself.
+    """
+    B, A, W, N, H = q.shape
+    K, T = blk_k.shape[3], ctx_k.shape[1]
+    grouped = q.reshape(B, A, W, K, N // K, H)
+    context = jnp.einsum("bawkgh,btkh->bkgawt", grouped, ctx_k, preferred_element_type=jnp.float32)
+    own = jnp.einsum("bawkgh,bavkh->bkgawv", grouped, blk_k, preferred_element_type=jnp.float32)
+    context = jnp.where(context_mask(anchors, W, T, window)[:, None, None], context * scale, HIDDEN)
+    own = jnp.where(block_mask(W, causal, window), own * scale, HIDDEN)
+    weights = jax.nn.softmax(jnp.concatenate([context, own], -1), -1).astype(q.dtype)
+    from_context = jnp.einsum("bkgawt,btkh->bawkgh", weights[..., :T], ctx_v, preferred_element_type=jnp.float32)
+    from_own = jnp.einsum("bkgawv,bavkh->bawkgh", weights[..., T:], blk_v, preferred_element_type=jnp.float32)
+    return (from_context + from_own).reshape(q.shape).astype(q.dtype)

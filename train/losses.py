@@ -1,0 +1,43 @@
+"""Losses over token ids, with the vocabulary's logits made a few rows at a time."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Head = Callable[[Float[Array, "rows D"]], Float[Array, "rows V"]]
+
+
+def cross_entropy(logits: Float[Array, "*n V"], labels: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """Negative log-likelihood in nats."""
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def chunked_head(
+    head: Head, hidden: Float[Array, "rows D"], labels: Int[Array, "rows"], chunk: int
+) -> tuple[Float[Array, "rows"], Int[Array, "rows"]]:
+    """Negative log-likelihood and argmax of each row; only `chunk` rows of logits exist at any time, also backwards.
+
+    `chunk` 0 takes all rows at once, which is faster where the logits fit the memory.
+    """
+
+    def rows(args):
+        logits = head(args[0])
+        return cross_entropy(logits, args[1]), jnp.argmax(logits, axis=-1)
+
+    count = hidden.shape[0]
+    if not chunk or chunk >= count:
+        return rows((hidden, labels))
+    padding = -count % chunk
+    pieces = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:]), (hidden, labels)
+    )
+    outputs = jax.lax.map(jax.checkpoint(rows), pieces)
+    return jax.tree.map(lambda x: x.reshape(-1)[:count], outputs)
+
+
+def weighted_mean(values: Float[Array, "*n"], weights: Float[Array, "*n"]) -> Float[Array, ""]:
+    """Sum of weights in the denominator: over the whole global batch, since jit sees the global arrays."""
+    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)

@@ -1,0 +1,91 @@
+"""One optimiser step: a pure function of (state, frozen weights, batch), jitted with its state donated."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+Pytree = Any
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Pytree, Pytree, Pytree], tuple[jax.Array, Metrics]]
+"""(parameters, frozen weights, batch) -> (loss, metrics)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay, both in steps.
+
+    Args:
+        learning_rate: the peak
+        warmup: fraction of all steps spent warming up
+        final: the last learning rate as a fraction of the peak
+        weight_decay: for matrices only
+        clip: largest global gradient norm
+    """
+
+    learning_rate: float = 2e-3
+    warmup: float = 0.04
+    final: float = 0.05
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "optimizer", "step"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    params: Pytree
+    optimizer: Pytree
+    step: Int[Array, ""]
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=max(1, round(config.warmup * steps)),
+        decay_steps=steps,
+        end_value=config.final * config.learning_rate,
+    )
+
+
+def is_matrix(path: tuple, leaf: jax.Array) -> bool:
+    """Whether weight decay applies: not to norms, biases, gates' decay rates and short convolutions."""
+    names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
+    return leaf.ndim >= 2 and not names & {"bias", "conv", "base", "gate_up_bias", "down_bias"}
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=functools.partial(jax.tree_util.tree_map_with_path, is_matrix),
+        ),
+    )
+
+
+def init_state(params: Pytree, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation):
+    """step(state, frozen, batch) -> (state, metrics). The state that goes in is donated."""
+
+    def step(state: TrainState, frozen: Pytree, batch: Pytree) -> tuple[TrainState, Metrics]:
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradients), **metrics}
+        return TrainState(params, optimizer_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
