@@ -114,7 +114,7 @@ def test_accepted_tokens_are_green(pair, monkeypatch):
 
 
 def test_colours_follow_tokens_whose_text_comes_in_parts():
-    """The end of a token's text may be held back, as the possible start of a stop string: it keeps its token's colour."""
+    """The end of a token's text may be held back, as the possible start of a stop string; it keeps its colour."""
     spans = cli.Spans(Tokenizer(fallback_core(), Path("model")))
     first = SimpleNamespace(text="h", tokens=[257], drafted=[True])  # "hi"
     second = SimpleNamespace(text="ix", tokens=[258], drafted=[False])  # "x"
