@@ -61,7 +61,7 @@ class Sampling:
     ) -> "Sampling | None":
         """Check and pack the settings: each a scalar for the whole batch or a sequence of length `batch`.
 
-        A scalar `seed` gives request i the seed `seed + i` (mod 2**32), so that equal prompts get different answers.
+        Requests with one seed and one prompt get one answer, whatever else is in the batch; give a seed each for several.
         `logit_bias` is {token id: bias}, or a sequence of such (or None) a request.
 
         Returns None where every request is greedy without penalties or bias: the rounds then only take an argmax.
@@ -97,7 +97,7 @@ class Sampling:
         arrays = {name: jnp.asarray(value) for name, value in values.items()}
         return Sampling(
             **arrays,
-            seed=jnp.asarray(_seeds(seed, batch)),
+            seed=jnp.asarray(_integers(seed, batch, "seed", 2**32 - 1)),
             logit_bias=None if bias is None else jnp.asarray(bias),
             plan=plan,
         )
@@ -269,12 +269,6 @@ def _integers(value: Any, batch: int, name: str, largest: int, note: str = "") -
         if isinstance(entry, bool) or not isinstance(entry, (int, np.integer)) or not 0 <= entry <= largest:
             raise InputError(f"{name} is {entry!r}; give an integer from 0 to {largest} {note}".rstrip())
     return np.asarray(entries, np.int64).astype(np.int32 if largest < 2**31 else np.uint32)
-
-
-def _seeds(value: Any, batch: int) -> np.ndarray:
-    seeds = _integers(value, batch, "seed", 2**32 - 1)
-    scalar = not isinstance(value, Sequence) and np.ndim(value) == 0
-    return seeds + np.arange(batch, dtype=np.uint32) if scalar else seeds
 
 
 def _bias(value: Any, batch: int, vocab: int) -> np.ndarray | None:
