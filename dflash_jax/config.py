@@ -91,6 +91,7 @@ class TargetConfig:
 
     @property
     def num_layers(self) -> int:
+        """How many decoder layers there are."""
         return len(self.layer_types)
 
     def is_sparse(self, layer: int) -> bool:
@@ -147,6 +148,7 @@ class DrafterConfig:
 
     @property
     def is_dflash2(self) -> bool:
+        """Whether the drafter has DFlash 2's convolutions or selector."""
         return self.conv_kernel_size > 0 or self.selector_rank > 0
 
     @classmethod

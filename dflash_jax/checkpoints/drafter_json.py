@@ -141,6 +141,8 @@ def _check(top: Reader, config: DrafterConfig) -> None:
         )
     if config.mask_token_id >= config.vocab_size:
         raise top.error(f"mask_token_id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}")
+    if config.conv_kernel_size not in (0, 2):
+        raise top.error(f"conv_kernel_size is {config.conv_kernel_size}, only 2 (or 0 for none) is supported")
     if config.conv_kernel_size and config.hidden_size % config.conv_group_size:
         raise top.error(
             f"hidden_size {config.hidden_size} is not a multiple of conv_group_size {config.conv_group_size}"

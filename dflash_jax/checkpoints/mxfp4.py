@@ -1,4 +1,4 @@
-"""MXFP4, the format of gpt-oss experts: 32 values share a power of two, each value is four bits (OCP Microscaling 1.0)."""
+"""MXFP4, the format of gpt-oss experts: 4-bit values, 32 of which share a power of two (OCP Microscaling 1.0)."""
 
 import numpy as np
 

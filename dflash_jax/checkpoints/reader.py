@@ -8,17 +8,16 @@ from dflash_jax.errors import InputError
 _REQUIRED = object()
 
 # Keys that describe the file, the training or the tokenizer, never the forward computation.
-HARMLESS = frozenset(
-    """
-    _name_or_path _commit_hash _attn_implementation attn_implementation architectures auto_map transformers_version
-    tokenizer_class dtype torch_dtype use_cache cache_implementation output_hidden_states output_attentions
-    output_router_logits return_dict chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
-    initializer_range attention_dropout router_aux_loss_coef pad_token_id bos_token_id pretraining_tp
-    initial_context_length max_window_layers mtp_num_hidden_layers mtp_use_dedicated_embeddings
-    num_nextn_predict_layers vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
-    language_model_only
-    """.split()
-)
+HARMLESS = frozenset((
+    "_name_or_path", "_commit_hash", "_attn_implementation", "attn_implementation", "architectures", "auto_map",
+    "transformers_version", "tokenizer_class", "dtype", "torch_dtype", "use_cache", "cache_implementation",
+    "output_hidden_states", "output_attentions", "output_router_logits", "return_dict", "chunk_size_feed_forward",
+    "is_encoder_decoder", "id2label", "label2id", "problem_type", "initializer_range", "attention_dropout",
+    "router_aux_loss_coef", "pad_token_id", "bos_token_id", "pretraining_tp", "initial_context_length",
+    "max_window_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "num_nextn_predict_layers",
+    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+    "language_model_only",
+))  # fmt: skip
 
 # Keys that would change the computation, with the only values that are computed here.
 FIXED = {
@@ -46,9 +45,11 @@ class Reader:
         return key in self._values
 
     def error(self, message: str) -> InputError:
+        """An error about this object, to be raised."""
         return InputError(f"{self._where}: {message}")
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        """Any value; InputError when it is absent and has no default."""
         self._unread.discard(key)
         value = self._values.get(key, default)
         if value is _REQUIRED:
@@ -58,18 +59,21 @@ class Reader:
         return value
 
     def integer(self, key: str, default: Any = _REQUIRED, at_least: int = 1) -> int:
+        """A whole number."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
             raise self.error(f"{key} is {value!r}, a whole number of at least {at_least} is needed")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A whole or fractional number."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(f"{key} is {value!r}, a number is needed")
         return float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
+        """True or false."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise self.error(f"{key} is {value!r}, true or false is needed")
@@ -84,6 +88,7 @@ class Reader:
         return tuple(items)
 
     def mapping(self, key: str) -> dict[str, Any]:
+        """A nested object, empty when absent."""
         value = self.get(key, {})
         if not isinstance(value, dict):
             raise self.error(f"{key} is {value!r}, a JSON object is needed")
@@ -98,6 +103,7 @@ class Reader:
         return next(iter(given.values())) if given else self.integer(keys[0], default)
 
     def finish(self, prefix: str = "") -> None:
+        """Refuse what nobody asked for; `prefix` stands before the keys in the message."""
         for key in sorted(self._unread & FIXED.keys()):
             if self._values[key] not in FIXED[key]:
                 accepted = " or ".join(repr(value) for value in FIXED[key])

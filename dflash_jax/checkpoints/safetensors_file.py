@@ -84,15 +84,17 @@ def _read_header(path: Path) -> dict[str, Stored]:
         try:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
+            ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
             tensors = {
-                key: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for key, entry in entries.items()
+                key: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+                for key, entry in entries.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise InputError(f"{path} has no valid safetensors header; copy or download it again") from None
-    needed = 8 + length + max((end for *_, end in tensors.values()), default=0)
+    needed = 8 + length + max(ends, default=0)
     if size < needed:
         raise InputError(f"{path} is cut short: {size} bytes of {needed}; copy or download it again")
-    return {key: Stored(path, dtype, shape, 8 + length + start) for key, (dtype, shape, start, _) in tensors.items()}
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Pending:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

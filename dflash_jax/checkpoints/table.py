@@ -1,10 +1,9 @@
 """What a name table is made of: for each leaf of a model, the checkpoint tensors that fill it.
 
-A piece says where one checkpoint tensor lies inside its leaf, as numpy views. The same views read (the tensor's values are
-assigned to them) and write (they are copied out), so a table cannot load one layout and export another.
+A piece says where one checkpoint tensor lies inside its leaf, as numpy views. The same views read (the tensor's values
+are assigned to them) and write (they are copied out), so a table cannot load one layout and export another.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,9 @@ Views = Callable[[np.ndarray], Sequence[np.ndarray]]
 class Piece:
     """One checkpoint tensor.
 
-    `views(leaf)` are the parts of the leaf that hold the tensor's rows, one after the other along its first axis; a part may
-    have more axes than the tensor, only the row-major order of its elements counts. `scales` names the scales of an MXFP4
-    tensor, whose `shape` is that of the decoded values.
+    `views(leaf)` are the parts of the leaf that hold the tensor's rows, one after the other along its first axis; a
+    part may have more axes than the tensor, only the row-major order of its elements counts. `scales` names the scales
+    of an MXFP4 tensor, whose `shape` is that of the decoded values.
     """
 
     key: str
@@ -29,24 +28,25 @@ class Piece:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The names in the checkpoint."""
         return (self.key,) if self.scales is None else (self.key, self.scales)
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of the model. `layouts` are the ways a checkpoint may hold it; the first one is written."""
+    """One array of the model.
+
+    `layouts` are the ways a checkpoint may hold it; the first one is written. A `wide` leaf stays float32 in any model.
+    """
 
     path: str
     layouts: tuple[tuple[Piece, ...], ...]
-
-    @property
-    def size(self) -> int:
-        return sum(math.prod(piece.shape) for piece in self.layouts[0])
+    wide: bool = False
 
 
-def whole(path: str, key: str, shape: tuple[int, ...]) -> Leaf:
+def whole(path: str, key: str, shape: tuple[int, ...], wide: bool = False) -> Leaf:
     """A leaf stored as it is."""
-    return Leaf(path, ((Piece(key, shape, lambda leaf: (leaf,)),),))
+    return Leaf(path, ((Piece(key, shape, lambda leaf: (leaf,)),),), wide)
 
 
 def projection(path: str, key: str, inputs: int, outputs: int, bias: bool = False) -> list[Leaf]:
@@ -61,7 +61,10 @@ def dense_mlp(path: str, key: str, dim: int, columns: int, bias: bool = False) -
         Piece(f"{key}.{name}_proj.weight", (columns, dim), lambda leaf, i=i: (leaf[:, i].T,))
         for i, name in enumerate(("gate", "up"))
     )
-    leaves = [Leaf(f"{path}/gate_up/kernel", (gate_up,)), *projection(f"{path}/down", f"{key}.down_proj", columns, dim, bias)]
+    leaves = [
+        Leaf(f"{path}/gate_up/kernel", (gate_up,)),
+        *projection(f"{path}/down", f"{key}.down_proj", columns, dim, bias),
+    ]
     if bias:
         biases = tuple(
             Piece(f"{key}.{name}_proj.bias", (columns,), lambda leaf, i=i: (leaf[i],))

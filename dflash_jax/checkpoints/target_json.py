@@ -23,7 +23,7 @@ class Family:
     qk_norm: bool = False
     hybrid: bool = False  # gated attention every few layers, gated delta layers between
     sparse: bool = False
-    window: int | None = None  # the default of sliding_window; None: the family has no windows
+    windowed: bool = False
     qkv_bias: bool | None = None  # None: config.json's attention_bias says
     o_bias: bool | None = None
     head_dim: int | None = None
@@ -33,13 +33,13 @@ class Family:
     norm_topk_default: bool = False
 
 
-_HYBRID = {"norm": "zero_centred", "qk_norm": True, "hybrid": True, "head_dim": 256}
+_HYBRID: dict[str, Any] = {"norm": "zero_centred", "qk_norm": True, "hybrid": True, "head_dim": 256}
 
 FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM"),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False, window=4096),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, window=4096, head_dim=128),
-    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, window=4096, sparse=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False, windowed=True),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, windowed=True, head_dim=128),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, windowed=True, sparse=True),
     "qwen3_next": Family("qwen3_next", "Qwen3NextForCausalLM", **_HYBRID, sparse=True, norm_topk_default=True),
     "qwen3_5": Family("qwen3_5_text", "Qwen3_5ForCausalLM", **_HYBRID),
     "qwen3_5_moe": Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **_HYBRID, sparse=True, norm_topk=True),
@@ -47,7 +47,7 @@ FAMILIES = {
         "gpt_oss",
         "GptOssForCausalLM",
         norm="fp32_scale",
-        window=128,
+        windowed=True,
         sparse=True,
         head_dim=64,
         rms_norm_eps=1e-5,
@@ -88,7 +88,7 @@ def target_from_dict(values: dict[str, Any]) -> TargetConfig:
         sliding_window=window,
         norm=rules.norm,
         rms_norm_eps=top.number("rms_norm_eps", rules.rms_norm_eps),
-        intermediate_size=top.integer("intermediate_size", 0 if family == "qwen3_5_moe" else None, at_least=0),
+        intermediate_size=_read_columns(top, family),
         mlp_bias=top.boolean("mlp_bias", False) if family == "llama" else False,
         moe=moe,
         dense_layers=dense_layers,
@@ -105,6 +105,8 @@ def target_from_dict(values: dict[str, Any]) -> TargetConfig:
 def _text_model(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The family, and the text model's own settings: a wrapper's stop tokens and tying rule over its text_config's."""
     model_type = values.get("model_type")
+    if "dflash_config" in values or any("DFlash" in name for name in values.get("architectures") or ()):
+        raise InputError("config.json is that of a DFlash drafter, a target is needed; give the drafter as the drafter")
     family = next((name for name, rules in FAMILIES.items() if model_type in (name, rules.model_type)), None)
     if family is None:
         raise InputError(
@@ -132,6 +134,14 @@ def _check_quantization(family: str, values: dict[str, Any]) -> None:
     )
 
 
+def _read_columns(top: Reader, family: str) -> int:
+    """The width of dense MLPs. Some qwen3_5_moe files carry one although no layer has a dense MLP."""
+    if family == "qwen3_5_moe":
+        top.get("intermediate_size", None)
+        return 0
+    return top.integer("intermediate_size")
+
+
 def _check_heads(top: Reader, heads: int, kv_heads: int) -> None:
     if heads % kv_heads:
         raise top.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -143,31 +153,36 @@ def read_layers(top: Reader, family: str) -> tuple[tuple[LayerType, ...], int | 
     window = _read_window(top, family)
     interval = top.integer("full_attention_interval", 4) if rules.hybrid else 4
     first_windowed = top.integer("max_window_layers", 28, at_least=0)
-    types: Any
     given = top.get("layer_types", None)
-    if given is not None:
-        types = tuple(given)
-    elif rules.hybrid:
-        types = tuple("full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count))
-    elif family == "gpt_oss":
-        types = tuple("full_attention" if i % 2 else "sliding_attention" for i in range(count))
-    elif family == "qwen3_moe":  # its window, when used, holds in every layer
-        types = ("sliding_attention" if window else "full_attention",) * count
-    else:
-        types = tuple("sliding_attention" if window and i >= first_windowed else "full_attention" for i in range(count))
+    types = tuple(given) if given is not None else _default_layers(family, count, interval, window, first_windowed)
     _check_layers(top, rules, types, count, window)
     return types, window if "sliding_attention" in types else None
 
 
+def _default_layers(
+    family: str, count: int, interval: int, window: int | None, first_windowed: int
+) -> tuple[LayerType, ...]:
+    """What transformers assumes without `layer_types`."""
+
+    def kind(i: int) -> LayerType:
+        if FAMILIES[family].hybrid:
+            return "linear_attention" if (i + 1) % interval else "full_attention"
+        if family == "gpt_oss":
+            return "full_attention" if i % 2 else "sliding_attention"
+        # the window of qwen3_moe, when used, holds in every layer
+        windowed = window is not None and (family == "qwen3_moe" or i >= first_windowed)
+        return "sliding_attention" if windowed else "full_attention"
+
+    return tuple(kind(i) for i in range(count))
+
+
 def _read_window(top: Reader, family: str) -> int | None:
     rules = FAMILIES[family]
-    window = top.get("sliding_window", rules.window)
+    window = top.integer("sliding_window") if "sliding_window" in top else None
     # gpt_oss has no such switch: its window is always on.
     used = top.boolean("use_sliding_window", family == "gpt_oss")
-    if used and not rules.window:
+    if used and not rules.windowed:
         raise top.error(f"use_sliding_window is true, which {family} does not have; set it to false")
-    if used and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise top.error(f"sliding_window is {window!r}, a whole number of at least 1 is needed")
     return window if used else None
 
 
@@ -179,7 +194,7 @@ def _check_layers(top: Reader, rules: Family, types: tuple[str, ...], count: int
     if wrong:
         raise top.error(
             f"layer_types holds {sorted(wrong)}, accepted here are {sorted(accepted)}; "
-            "sliding layers need use_sliding_window"
+            "sliding layers need sliding_window (and use_sliding_window)"
         )
     if len(types) != count:
         raise top.error(f"layer_types has {len(types)} entries for num_hidden_layers {count}, make them equal")
@@ -255,9 +270,9 @@ def _write_attention(config: TargetConfig) -> dict[str, Any]:
         values["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         values["mlp_bias"] = config.mlp_bias
-    if rules.window:
+    if rules.windowed:
         values["sliding_window"] = config.sliding_window
-    if rules.window and config.family != "gpt_oss":
+    if rules.windowed and config.family != "gpt_oss":
         values["use_sliding_window"] = config.sliding_window is not None
     return values
 

@@ -46,8 +46,8 @@ def _gated_delta(c: TargetConfig, path: str, key: str) -> list[Leaf]:
     return [
         _in_proj(c, f"{path}/in_proj/kernel", key),
         _conv(c, f"{path}/conv", f"{key}.conv1d.weight"),
-        whole(f"{path}/A_log", f"{key}.A_log", (delta.num_v_heads,)),
-        whole(f"{path}/dt_bias", f"{key}.dt_bias", (delta.num_v_heads,)),
+        whole(f"{path}/A_log", f"{key}.A_log", (delta.num_v_heads,), wide=True),
+        whole(f"{path}/dt_bias", f"{key}.dt_bias", (delta.num_v_heads,), wide=True),
         whole(f"{path}/norm/weight", f"{key}.norm.weight", (delta.v_head_dim,)),
         *projection(f"{path}/out_proj", f"{key}.out_proj", values, c.hidden_size),
     ]
@@ -75,7 +75,12 @@ def _in_proj(c: TargetConfig, path: str, key: str) -> Leaf:
 
     if c.family == "qwen3_next":
         return Leaf(path, ((piece("in_proj_qkvz", "qkvz"), piece("in_proj_ba", "ba")),))
-    flat = (piece("in_proj_qkv", "q", "k", "v"), piece("in_proj_z", "z"), piece("in_proj_b", "b"), piece("in_proj_a", "a"))
+    flat = (
+        piece("in_proj_qkv", "q", "k", "v"),
+        piece("in_proj_z", "z"),
+        piece("in_proj_b", "b"),
+        piece("in_proj_a", "a"),
+    )
     return Leaf(path, (flat,))
 
 
@@ -86,7 +91,9 @@ def _conv(c: TargetConfig, path: str, key: str) -> Leaf:
     Dk, taps = delta.k_head_dim, delta.conv_kernel
     channels = 2 * delta.num_k_heads * Dk + delta.num_v_heads * delta.v_head_dim
     runs = (slice(0, Dk), slice(Dk, 2 * Dk), slice(2 * Dk, None))
-    return Leaf(path, ((Piece(key, (channels, 1, taps), lambda leaf: [leaf[:, :, run].transpose(1, 2, 0) for run in runs]),),))
+    return Leaf(
+        path, ((Piece(key, (channels, 1, taps), lambda leaf: [leaf[:, :, run].transpose(1, 2, 0) for run in runs]),),)
+    )
 
 
 def _mlp(c: TargetConfig, layer: int, path: str, key: str) -> list[Leaf]:
@@ -116,9 +123,7 @@ def _experts(c: TargetConfig, path: str, key: str) -> list[Leaf]:
         for e in range(E)
         for i, name in enumerate(("gate", "up"))
     )
-    each_out = tuple(
-        Piece(f"{key}.{e}.down_proj.weight", (dim, F), lambda leaf, e=e: (leaf[e].T,)) for e in range(E)
-    )
+    each_out = tuple(Piece(f"{key}.{e}.down_proj.weight", (dim, F), lambda leaf, e=e: (leaf[e].T,)) for e in range(E))
     order = slice(None) if c.family in FUSED_EXPERTS else slice(None, None, -1)
     return [
         Leaf(f"{path}/experts/gate_up", (fused_in, each_in)[order]),

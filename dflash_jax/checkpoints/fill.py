@@ -1,4 +1,4 @@
-"""Reading a checkpoint straight into a model, leaf by leaf, in the dtype and on the devices it will run with.
+"""Filling a model from a checkpoint, leaf by leaf, in the dtype and on the devices it will run with.
 
 One leaf at a time is built on the host and handed to its devices, so host memory holds at most the largest leaf beside
 what the devices keep there.
@@ -14,13 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dflash_jax.checkpoints import drafter_table, mxfp4, target_table
-from dflash_jax.checkpoints.safetensors_file import DTYPES, Stored, open_folder
+from dflash_jax.checkpoints import mxfp4
+from dflash_jax.checkpoints.safetensors_file import DTYPES, Stored
 from dflash_jax.checkpoints.table import Leaf, Piece
-from dflash_jax.config import DrafterConfig, TargetConfig, load_config
 from dflash_jax.errors import InputError
-from dflash_jax.models.drafter import Drafter
-from dflash_jax.models.target import Target
 
 Model = TypeVar("Model", bound=nnx.Module)
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -30,44 +27,10 @@ _SKIPPED_STARTS = ("visual.", "model.visual.", "mtp.", "model.mtp.")
 _SKIPPED_ENDS = ("rotary_emb.inv_freq",)
 
 
-def load_target(
-    folder: str | Path, dtype: jnp.dtype | None = None, sharding: Sharding | None = None
-) -> tuple[TargetConfig, Target]:
-    """A target from a Hugging Face folder: config.json and safetensors, sharded or not.
-
-    Args:
-        dtype: of the weights; by default float32 on the CPU and the checkpoint's own dtype on accelerators.
-        sharding: from a leaf's path (as `layers/0/mixer/q_proj/kernel`) and shape to where it goes; None: the default device.
-
-    Raises:
-        InputError: a configuration or weights that are not those of a supported target; the message names the key.
-    """
-    folder = Path(folder)
-    config = TargetConfig.from_dict(load_config(folder))
-    tensors = _without_prefix(folder, open_folder(folder), target_table.PREFIXES, "embed_tokens.weight")
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # a copy of the embedding, which some writers store
-    dtype = _dtype(dtype, tensors["embed_tokens.weight"])
-    model = nnx.eval_shape(lambda: Target(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return config, _fill(folder, model, target_table.target_table(config), tensors, sharding)
-
-
-def load_drafter(
-    folder: str | Path, dtype: jnp.dtype | None = None, sharding: Sharding | None = None
-) -> tuple[DrafterConfig, Drafter]:
-    """A DFlash or DFlash 2 drafter from its published folder; arguments and errors as for `load_target`."""
-    folder = Path(folder)
-    config = DrafterConfig.from_dict(load_config(folder))
-    tensors = _without_prefix(folder, open_folder(folder), drafter_table.PREFIXES, "fc.weight")
-    dtype = _dtype(dtype, tensors["fc.weight"])
-    model = nnx.eval_shape(lambda: Drafter(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return config, _fill(folder, model, drafter_table.drafter_table(config), tensors, sharding)
-
-
-def _without_prefix(
+def without_prefix(
     folder: Path, tensors: dict[str, Stored], prefixes: Sequence[str], landmark: str
 ) -> dict[str, Stored]:
-    """Tensors by the tables' keys, without those that belong to no text model; `landmark` shows which prefix is used."""
+    """Tensors by the tables' keys, without those of no text model; `landmark` shows which prefix is used."""
     prefix = next((p for p in prefixes if p + landmark in tensors), None)
     if prefix is None:
         accepted = ", ".join(p + landmark for p in prefixes)
@@ -81,14 +44,15 @@ def _some(keys: Iterable[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "nothing"
 
 
-def _dtype(dtype: jnp.dtype | None, landmark: Stored) -> jnp.dtype:
+def default_dtype(dtype: jnp.dtype | None, landmark: Stored) -> jnp.dtype:
+    """The dtype asked for, or float32 on the CPU and that of the tensor `landmark` on accelerators."""
     if dtype is not None:
         return jnp.dtype(dtype)
     stored = DTYPES.get(landmark.dtype, np.dtype(np.float32))
     return jnp.dtype(np.float32 if jax.default_backend() == "cpu" else stored)
 
 
-def _fill(
+def fill(
     folder: Path, abstract: Model, table: list[Leaf], tensors: dict[str, Stored], sharding: Sharding | None
 ) -> Model:
     """The abstract model with every leaf read; everything is checked before the first one is."""

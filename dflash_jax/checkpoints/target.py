@@ -1,0 +1,52 @@
+"""Loading and saving a target."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dflash_jax.checkpoints.fill import Sharding, default_dtype, fill, without_prefix
+from dflash_jax.checkpoints.safetensors_file import open_folder
+from dflash_jax.checkpoints.target_table import PREFIXES, target_table
+from dflash_jax.checkpoints.write import SHARD_BYTES, write
+from dflash_jax.config import TargetConfig, load_config
+from dflash_jax.models.target import Target
+
+
+def load_target(
+    folder: str | Path, dtype: jnp.dtype | None = None, sharding: Sharding | None = None
+) -> tuple[TargetConfig, Target]:
+    """A target from a Hugging Face folder: config.json and safetensors, sharded or not.
+
+    Args:
+        dtype: of the weights; by default float32 on the CPU and the checkpoint's own dtype on accelerators.
+        sharding: from a leaf's path (as `layers/0/mixer/q_proj/kernel`) and shape to where it goes; by default the
+            default device.
+
+    Raises:
+        InputError: a configuration or weights that are not those of a supported target; the message names the key.
+    """
+    folder = Path(folder)
+    config = TargetConfig.from_dict(load_config(folder))
+    tensors = without_prefix(folder, open_folder(folder), PREFIXES, "embed_tokens.weight")
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)  # a copy of the embedding, which some writers store
+    dtype = default_dtype(dtype, tensors["embed_tokens.weight"])
+    model = nnx.eval_shape(lambda: Target(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return config, fill(folder, model, target_table(config), tensors, sharding)
+
+
+def save_target(
+    target: Target, folder: str | Path, dtype: jnp.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a target in the layout that transformers loads.
+
+    Args:
+        dtype: of the weights, by default the model's own; leaves that stay float32 in any model (A_log, dt_bias) do so.
+        shard_bytes: a larger model is written as several files with an index.
+
+    Raises:
+        InputError: a dtype other than bfloat16, float16 or float32.
+    """
+    dtype = target.embed.embedding.dtype if dtype is None else dtype
+    write(target, folder, target.config.to_dict(), target_table(target.config), "model.", dtype, shard_bytes)
