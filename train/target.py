@@ -12,6 +12,7 @@ import jsonargparse
 import numpy as np
 from flax import nnx
 
+from dflash_jax.checkpoints.save import save_target
 from dflash_jax.config import GatedDeltaConfig, MoeConfig, RopeConfig, TargetConfig
 from dflash_jax.models.target import Target
 from train import corpus, losses
@@ -164,11 +165,10 @@ def train(config: TargetTraining) -> tuple[Target, bool]:
 
 
 def main() -> None:
+    """The command."""
     config = jsonargparse.auto_cli(TargetTraining, as_positional=False)
     target, done = train(config)
     if done:
-        from dflash_jax.checkpoints import save_target
-
         save_target(target, config.out / "model")
 
 
