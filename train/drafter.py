@@ -132,15 +132,8 @@ def block_predictions(
     drafter: Drafter, target: Target, hidden: jax.Array, blocks: Blocks, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood and argmax [B, A, W] through the target's frozen head; row 0 is not predicted."""
-    c = drafter.config
-
-    def head(x: jax.Array) -> jax.Array:
-        logits = target.head(x) * c.output_multiplier
-        cap = c.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
-
     rows, labels = hidden[:, :, 1:], blocks.labels[:, :, 1:]
-    nll, guess = losses.chunked_head(head, rows.reshape(-1, rows.shape[-1]), labels.reshape(-1), chunk)
+    nll, guess = losses.chunked_head(lambda x: drafter.logits(target.head, x), rows.reshape(-1, rows.shape[-1]), labels.reshape(-1), chunk)
     shift = ((0, 0), (0, 0), (1, 0))
     return jnp.pad(nll.reshape(labels.shape), shift), jnp.pad(guess.reshape(labels.shape), shift)
 
@@ -187,7 +180,7 @@ def evaluator(loss, frozen: Pytree, responses: Responses, size: int):
     return evaluate
 
 
-def train(
+def train_drafter(
     config: DrafterTraining, target: Target, mask_token: int, data: Responses, held_out: Responses, out: Path
 ) -> tuple[Drafter, bool]:
     """The drafter as far as it is trained, and whether that is to the end."""
@@ -245,7 +238,7 @@ def main() -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     held_out = config.training.held_out
     data = corpus_responses(target, tokenizer, config.responses, held_out, config.out / "responses")
-    drafter, done = train(config.training, target, tokenizer.mask_token_id, *data, config.out)
+    drafter, done = train_drafter(config.training, target, tokenizer.mask_token_id, *data, config.out)
     if done:
         save_drafter(drafter, config.out / "model")
 

@@ -106,6 +106,10 @@ class TargetTraining:
     head_chunk: int = 0
     seed: int = 0
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.tokenizer or self.out / "tokenizer"
+
 
 def load_balance(logits: jax.Array, top_k: int) -> jax.Array:
     """1 where every expert gets the same share of rows (Switch Transformer, arXiv 2101.03961, eq. 4)."""
@@ -139,10 +143,10 @@ def evaluator(graph: nnx.GraphDef, windows: np.ndarray, rows: int):
     return evaluate
 
 
-def train(config: TargetTraining) -> tuple[Target, bool]:
+def train_target(config: TargetTraining) -> tuple[Target, bool]:
     """The model as far as it is trained, and whether that is to the end."""
     documents, held_out = corpus.split()
-    tokenizer = load_or_train(config.tokenizer or config.out / "tokenizer", (d.text for d in documents))
+    tokenizer = load_or_train(config.tokenizer_folder, (d.text for d in documents))
     tokens, unseen = (pack(tokenizer, [d.text for d in part]) for part in (documents, held_out))
     data = PackedWindows(tokens, config.sequence, config.batch, config.seed)
 
@@ -167,7 +171,7 @@ def train(config: TargetTraining) -> tuple[Target, bool]:
 def main() -> None:
     """The command."""
     config = jsonargparse.auto_cli(TargetTraining, as_positional=False)
-    target, done = train(config)
+    target, done = train_target(config)
     if done:
         save_target(target, config.out / "model")
 
