@@ -93,7 +93,7 @@ class TargetTraining:
         seed: of the initialisation and of the order of the data
     """
 
-    out: Path
+    out: Path = Path("runs/target")
     tokenizer: Path | None = None
     vocab_size: int = VOCAB_SIZE
     architecture: Architecture = Architecture()
