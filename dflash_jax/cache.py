@@ -14,17 +14,11 @@ from dflash_jax.config import DrafterConfig, TargetConfig
 from pallas_kernels.gated_delta import Pending, Rows
 
 
-def _place(cache: Float[Array, "K S H"], rows: Float[Array, "K W H"], start: Array, count: Array) -> Array:
-    """Rows i < count at start + i; the others keep what was there."""
-    W = rows.shape[1]
-    if W > cache.shape[1]:
-        raise ValueError(f"{W} rows do not fit a cache of {cache.shape[1]} positions")
-    first = jnp.minimum(start, cache.shape[1] - W)  # a block over the end shifts back, and its rows with it
-    rows = jnp.roll(rows, start - first, axis=1)
-    new = jnp.arange(W) - (start - first)
-    old = jax.lax.dynamic_slice_in_dim(cache, first, W, axis=1)
-    keep = ((new >= 0) & (new < count))[None, :, None]
-    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(keep, rows.astype(cache.dtype), old), first, axis=1)
+def write_rows(cache: Float[Array, "K S H"], rows: Float[Array, "K W H"], start: Array, count: Array) -> Array:
+    """Rows i < count at start + i; what stands at the other places stays. All W rows must have room: start + W <= S."""
+    old = jax.lax.dynamic_slice_in_dim(cache, start, rows.shape[1], axis=1)
+    keep = (jnp.arange(rows.shape[1]) < count)[:, None]
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(keep, rows.astype(cache.dtype), old), start, axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +36,7 @@ class KeyValues:
 
     def append(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
         """Write the first `count[b]` of the rows at `lengths[b]`."""
-        place = jax.vmap(_place)
+        place = jax.vmap(write_rows)
         return KeyValues(
             place(self.keys, rows.keys, lengths, count), place(self.values, rows.values, lengths, count)
         )

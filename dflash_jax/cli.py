@@ -144,7 +144,8 @@ def _settings(options: GenerateOptions) -> dict[str, Any]:
 def _stream(pair: Any, prompt: Any, settings: dict[str, Any], screen: "Screen | None" = None) -> tuple[Any, float]:
     """Show the text as it comes: (the Generation, tokens per second).
 
-    The rate leaves out what lies before the first piece, compilation above all, where there is more than one piece.
+    The rate counts from the second piece where there are more: the first waits for the prefill and the second for the
+    first round, and both may have to be compiled.
     """
     import dflash_jax
 
@@ -161,7 +162,7 @@ def _stream(pair: Any, prompt: Any, settings: dict[str, Any], screen: "Screen | 
         if screen:
             for text, drafted in spans.split(piece):
                 screen.write(text, GREEN if drafted else "")
-    (start, before), (end, after) = clock[1 if len(clock) > 2 else 0], clock[-1]
+    (start, before), (end, after) = clock[max(0, min(2, len(clock) - 2))], clock[-1]
     return generation, (after - before) / (end - start) if end > start else 0.0
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Core
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dflash_jax.errors import InputError
 from dflash_jax.text import StopFinder, TextStream, Tokenizer, Transcript, load_tokenizer
@@ -198,6 +198,18 @@ def test_chat_template_is_applied(tmp_path):
     with pytest.raises(InputError, match="refuses these messages: no") as error:
         tokenizer.encode([{"role": "tool", "content": "hi"}])
     one_line(error)
+
+
+def test_a_chat_gets_its_special_tokens_once(tmp_path):
+    """The tokenizer puts one before a plain text; a template has written its own."""
+    core = byte_core()
+    core.post_processor = processors.TemplateProcessing("<end> $A", special_tokens=[("<end>", 256)])
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (tmp_path / "chat_template.jinja").write_text("<end>{{ messages[0].content }}")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [256, 97]
+    assert tokenizer.encode([{"role": "user", "content": "a"}]) == [256, 97]
 
 
 def test_folder_without_tokenizer_takes_ids_only(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import rich.progress
 from orbax.checkpoint import v1 as ocp
 
+from dflash_jax.errors import InputError
 from train.step import Metrics, Pytree, TrainState
 
 
@@ -57,7 +58,12 @@ def restore(checkpoints: ocp.training.Checkpointer, state: TrainState) -> TrainS
     if checkpoints.latest is None:
         return state
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    return checkpoints.load_pytree(checkpoints.latest, abstract)
+    try:
+        return checkpoints.load(checkpoints.latest, abstract)
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"the checkpoints in {checkpoints.directory} are of another model or optimiser; give a new folder with --out"
+        ) from error
 
 
 class Log:
@@ -103,6 +109,8 @@ def run(state: TrainState, task: Task, config: LoopConfig, folder: Path) -> Trai
     A run that was killed at any point and started again gives bit-identical losses and parameters: batches depend
     on the step number alone, and a checkpoint holds parameters, optimiser state and step.
     """
+    if config.save_every % config.log_every:
+        raise InputError(f"save_every is {config.save_every}, it has to be a multiple of log_every, {config.log_every}")
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
     with checkpointer(folder) as checkpoints:
@@ -132,7 +140,7 @@ def _steps(state, task: Task, config: LoopConfig, checkpoints, log: Log, show, d
             log.write(step, task.evaluate(state))
             since = time.monotonic()
         if last or step % config.save_every == 0:
-            checkpoints.save_pytree(step, state)
+            checkpoints.save(step, state)
         if last:
             break
     return state

@@ -41,3 +41,20 @@ def chunked_head(
 def weighted_mean(values: Float[Array, "*n"], weights: Float[Array, "*n"]) -> Float[Array, ""]:
     """Sum of weights in the denominator: over the whole global batch, since jit sees the global arrays."""
     return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+
+
+def pace_weights(nll: Float[Array, "*n W"], counts: Float[Array, "*n W"]) -> Float[Array, "*n W"]:
+    """D-PACE: a row weighs as much as the acceptance length that still depends on it.
+
+    With q = exp(-nll) and s = (q + 1) / 2, the chance to get as far as row m is P_m = s_1 ... s_m, and row j weighs the sum of
+    P_m over m >= j. `counts` is 1 where a row is judged; row 0 never is. No gradient flows through the weights.
+    """
+    likely = jnp.where(counts > 0, 0.5 * jnp.exp(-nll) + 0.5, 1.0)
+    reached = jnp.cumprod(likely, -1) * counts
+    return jax.lax.stop_gradient(jnp.flip(jnp.cumsum(jnp.flip(reached, -1), -1), -1) * counts)
+
+
+def accepted(correct: Float[Array, "*n W"], counts: Float[Array, "*n W"]) -> Float[Array, "*n W"]:
+    """1 for rows that greedy verification would accept: the row is right, and so are all rows before it."""
+    judged = jnp.where(counts > 0, correct, jnp.zeros_like(correct)).at[..., 0].set(1.0)
+    return jnp.cumprod(judged, -1).at[..., 0].set(0.0)

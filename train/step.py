@@ -85,7 +85,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation):
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradients), **metrics}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **metrics}
         return TrainState(params, optimizer_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -12,6 +12,7 @@ import jsonargparse
 import numpy as np
 from flax import nnx
 
+from dflash_jax.checkpoints.save import save_target
 from dflash_jax.config import GatedDeltaConfig, MoeConfig, RopeConfig, TargetConfig
 from dflash_jax.models.target import Target
 from train import corpus, losses
@@ -92,7 +93,7 @@ class TargetTraining:
         seed: of the initialisation and of the order of the data
     """
 
-    out: Path
+    out: Path = Path("runs/target")
     tokenizer: Path | None = None
     vocab_size: int = VOCAB_SIZE
     architecture: Architecture = Architecture()
@@ -104,6 +105,10 @@ class TargetTraining:
     balance: float = 0.01
     head_chunk: int = 0
     seed: int = 0
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.tokenizer or self.out / "tokenizer"
 
 
 def load_balance(logits: jax.Array, top_k: int) -> jax.Array:
@@ -138,10 +143,10 @@ def evaluator(graph: nnx.GraphDef, windows: np.ndarray, rows: int):
     return evaluate
 
 
-def train(config: TargetTraining) -> tuple[Target, bool]:
+def train_target(config: TargetTraining) -> tuple[Target, bool]:
     """The model as far as it is trained, and whether that is to the end."""
     documents, held_out = corpus.split()
-    tokenizer = load_or_train(config.tokenizer or config.out / "tokenizer", (d.text for d in documents))
+    tokenizer = load_or_train(config.tokenizer_folder, (d.text for d in documents))
     tokens, unseen = (pack(tokenizer, [d.text for d in part]) for part in (documents, held_out))
     data = PackedWindows(tokens, config.sequence, config.batch, config.seed)
 
@@ -164,11 +169,10 @@ def train(config: TargetTraining) -> tuple[Target, bool]:
 
 
 def main() -> None:
+    """The command."""
     config = jsonargparse.auto_cli(TargetTraining, as_positional=False)
-    target, done = train(config)
+    target, done = train_target(config)
     if done:
-        from dflash_jax.checkpoints import save_target
-
         save_target(target, config.out / "model")
 
 

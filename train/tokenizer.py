@@ -51,4 +51,9 @@ def load_or_train(folder: Path, texts: Iterable[str]) -> PreTrainedTokenizerFast
     """The tokenizer in `folder`, trained on `texts` first if it is not there."""
     if not (folder / "tokenizer.json").exists():
         save_tokenizer(train_tokenizer(texts), folder)
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A saved tokenizer."""
     return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,7 +1,7 @@
 """Which drafted tokens stand, and the token after them: speculative sampling that is lossless.
 
-Leviathan et al., arXiv 2211.17192, for drafts with a real distribution; for argmax drafts the form that draws the target's
-own token at every row and compares, which accepts just as often and gives the tokens of plain sampling one for one.
+Leviathan et al., arXiv 2211.17192, for drafts with a real distribution. Argmax drafts are
+compared with the target's own draw at every row: that accepts just as often, and gives the tokens of plain sampling.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def _accept_by_ratio(
 def _last(
     log_p: Array, tokens: Array, candidates: Candidates, positions: Array, sampling: Sampling, row: Array
 ) -> Array:
-    """The token after the path's last row: from max(p - q, 0) where the next draft was refused, from p where there was none."""
+    """The token after the path's last row: from max(p - q, 0) where a draft was refused, else from p."""
     batch, width, vocab = log_p.shape
     each = jnp.arange(batch)
     log_p, position = log_p[each, row], positions[each, row]

@@ -23,7 +23,7 @@ def gumbel(
     seed: UInt32[Array, " B"], positions: Int32[Array, "B W"], size: int, purpose: Purpose = Purpose.TARGET
 ) -> Float32[Array, "B W {size}"]:
     """Standard Gumbel noise for the tokens at `positions`; argmax(log p + noise) is a draw from p."""
-    # Exponential noise from small u: large Gumbel values, which decide, are resolved to 2**-32 in probability and not 2**-23.
+    # Small u make the large values, which decide: so they are resolved to 2**-32 in probability and not to 2**-23.
     return -jnp.log(-jnp.log1p(-_unit(seed, positions, size, purpose)))
 
 

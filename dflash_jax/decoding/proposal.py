@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
+
+from dflash_jax.cache import DrafterCache
+from dflash_jax.decoding.noise import Purpose, gumbel
+from dflash_jax.decoding.sampling import Sampling
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.target import Target
 
 
 @jax.tree_util.register_dataclass
@@ -14,8 +21,8 @@ class Candidates:
     Tokens that are not listed have probability 0. Padding slots have probability 0 and any id.
     """
 
-    ids: Int32[Array, "B W-1 C"]
-    probs: Float32[Array, "B W-1 C"]
+    ids: Int32[Array, "B drafts C"]
+    probs: Float32[Array, "B drafts C"]
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +30,7 @@ class Candidates:
 class Proposal:
     """A chain of W rows a sequence: row 0 is the anchor (the last emitted token), rows 1.. are drafted.
 
-    A drafted row of -1 is never accepted, nor is any row after it, so requests of one batch may draft different lengths.
+    A drafted row of -1 is never accepted, nor is any row after it: requests of one batch may draft different lengths.
     The choice of where to put -1 may depend on anything but the values of tokens that were drawn at random.
     `candidates` is None when the drafts are an argmax, that is when q is one-hot.
     """
@@ -33,9 +40,68 @@ class Proposal:
 
     @property
     def width(self) -> int:
+        """Rows a sequence, the anchor included."""
         return self.tokens.shape[1]
 
 
 def plain_proposal(anchor: Int32[Array, " B"]) -> Proposal:
     """Plain decoding: the anchor alone (W = 1), so that a round emits one token."""
     return Proposal(tokens=anchor[:, None])
+
+
+def propose(
+    target: Target,
+    drafter: Drafter,
+    anchor: Int32[Array, " B"],
+    cache: DrafterCache,
+    lengths: Int32[Array, " B"],
+    sampling: Sampling | None,
+    width: int,
+) -> Proposal:
+    """Draft `width - 1` tokens behind the anchor in one pass of the drafter.
+
+    A request whose block would pass the drafter's last position drafts nothing, and so goes on with plain decoding.
+    """
+    config = drafter.config
+    block = jnp.full((anchor.shape[0], width), config.mask_token_id, anchor.dtype).at[:, 0].set(anchor)
+    hidden = drafter(target.embed.embedding[...][block], cache, lengths)[:, 1:]
+    logits = drafter.logits(target.head, hidden)
+    if drafter.selector is None:
+        drafts, candidates = jnp.argmax(logits, -1).astype(anchor.dtype), None
+    else:
+        drafts, candidates = select(drafter, anchor, hidden, logits, lengths, sampling)
+    inside = (lengths + width <= config.max_position) | (config.max_position == 0)
+    drafts = jnp.where(inside[:, None], drafts, -1)
+    return Proposal(jnp.concatenate([anchor[:, None], drafts], 1), candidates)
+
+
+def select(
+    drafter: Drafter,
+    anchor: Int32[Array, " B"],
+    hidden: Float32[Array, "B W-1 D"],
+    logits: Float32[Array, "B W-1 V"],
+    lengths: Int32[Array, " B"],
+    sampling: Sampling | None,
+) -> tuple[Int32[Array, "B W-1"], Candidates | None]:
+    """DFlash 2: walk the rows' best tokens from the anchor on, each scored by how it follows the one before.
+
+    Greedy requests take the best, the others draw at their temperature; then the candidates' probabilities go along.
+    """
+    scores, ids = jax.lax.top_k(logits, min(drafter.config.selector_top_k, logits.shape[-1]))
+    random = sampling is not None and sampling.plan.random
+    if random:
+        positions = lengths[:, None] + 1 + jnp.arange(ids.shape[1])
+        noise = gumbel(sampling.seed, positions, ids.shape[-1], Purpose.DRAFT)
+        sampled = (sampling.temperature > 0)[:, None]
+        temperature = jnp.where(sampled, sampling.temperature[:, None], 1.0)
+    previous, drafts, probs = anchor, [], []
+    for row in range(ids.shape[1]):
+        score = scores[:, row] + drafter.selector(previous, ids[:, row], hidden[:, row])
+        choice = jnp.argmax(score, -1)
+        if random:
+            score = score / temperature
+            choice = jnp.where(sampled[:, 0], jnp.argmax(score + noise[:, row], -1), choice)
+            probs.append(jax.nn.softmax(score, -1))
+        previous = jnp.take_along_axis(ids[:, row], choice[:, None], 1)[:, 0].astype(anchor.dtype)
+        drafts.append(previous)
+    return jnp.stack(drafts, 1), Candidates(ids, jnp.stack(probs, 1)) if random else None

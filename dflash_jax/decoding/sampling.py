@@ -1,11 +1,11 @@
 """Sampling settings of a batch, and the target's distribution under them, row by row.
 
-Order: bias, repetition, frequency and presence penalty, temperature, top-k, top-p, min-p (the last four as in transformers).
-A batch mixes requests freely: each setting has a neutral value that leaves the numbers of a row exactly as they are, so the
-static `SamplingPlan` (which steps are compiled at all) changes the cost and never a result.
+Order: bias, repetition, frequency and presence penalty, temperature, top-k, top-p, min-p (the last four as transformers
+has them). A batch mixes requests freely: each setting has a neutral value that leaves the numbers of a row exactly as
+they are, so the static `SamplingPlan` (which steps are compiled at all) changes the cost and never a result.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class SamplingPlan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of B requests. Made by `Sampling.build`, which checks them; `None` stands for greedy without any setting."""
+    """Settings of B requests, made by `Sampling.build`, which checks them. None in its place is plain greedy."""
 
     temperature: Float32[Array, " B"]  # 0 is greedy
     top_k: Int32[Array, " B"]  # 0 is off
@@ -61,7 +61,7 @@ class Sampling:
     ) -> "Sampling | None":
         """Check and pack the settings: each a scalar for the whole batch or a sequence of length `batch`.
 
-        A scalar `seed` gives request i the seed `seed + i` (mod 2**32), so that equal prompts get different answers.
+        Requests with one seed and one prompt get one answer, whatever else is in the batch; give a seed each for several.
         `logit_bias` is {token id: bias}, or a sequence of such (or None) a request.
 
         Returns None where every request is greedy without penalties or bias: the rounds then only take an argmax.
@@ -78,8 +78,8 @@ class Sampling:
                 repetition_penalty,
                 batch,
                 "repetition_penalty",
-                lambda x: x > 0,
-                "a finite number > 0 (1 switches it off)",
+                lambda x: 1e-6 <= x <= 1e6,
+                "a number from 1e-6 to 1e6 (1 switches it off)",
             ),
             "presence_penalty": _penalty(presence_penalty, batch, "presence_penalty"),
             "frequency_penalty": _penalty(frequency_penalty, batch, "frequency_penalty"),
@@ -97,7 +97,7 @@ class Sampling:
         arrays = {name: jnp.asarray(value) for name, value in values.items()}
         return Sampling(
             **arrays,
-            seed=jnp.asarray(_seeds(seed, batch)),
+            seed=jnp.asarray(_integers(seed, batch, "seed", 2**32 - 1)),
             logit_bias=None if bias is None else jnp.asarray(bias),
             plan=plan,
         )
@@ -184,7 +184,7 @@ def draw(
     history: History | None = None,
     tokens: Int32[Array, "B W"] | None = None,
 ) -> Int32[Array, "B W"]:
-    """The target's own token after each row: a draw with the noise of its position, or the argmax (ties to the lowest id)."""
+    """The target's own token after each row: drawn with its position's noise, or the argmax (ties to the lowest id)."""
     scores = adjusted(logits, sampling, history, tokens)
     if sampling is not None and sampling.plan.random:
         # Unnormalised: without a sum over the vocabulary a score cannot depend on the shape of the batch.
@@ -219,8 +219,8 @@ def _filtered(logits: Array, sampling: Sampling) -> Array:
 def _radius(distance: Array, weight: Array, goal: Array) -> Array:
     """The smallest r with sum(weight where distance <= r) >= goal, or inf: a bisection over the bits of r.
 
-    Floats that are not negative are ordered as their bits are, so 31 halvings find r exactly. That is a few passes over the
-    vocabulary, with no sort (which for 250k tokens costs ten times as much) and no order among equal logits.
+    Floats that are not negative are ordered as their bits are, so 31 halvings find r exactly. A sort takes several
+    times as long for 150k tokens, and would have to put equal logits in some order.
     """
     infinity = int(np.float32(np.inf).view(np.int32))
 
@@ -249,12 +249,14 @@ def _entries(value: Any, batch: int, name: str) -> list[Any]:
     return list(value)
 
 
-def _floats(value: Any, batch: int, name: str, accepts: Any, accepted: str) -> np.ndarray:
-    for entry in _entries(value, batch, name):
+def _floats(value: Any, batch: int, name: str, accepts: Callable[[Any], bool], accepted: str) -> np.ndarray:
+    entries = _entries(value, batch, name)
+    largest = float(np.finfo(np.float32).max)
+    for entry in entries:
         number = isinstance(entry, (int, float, np.integer, np.floating)) and not isinstance(entry, bool)
-        if not (number and np.isfinite(np.float32(entry)) and accepts(np.float32(entry))):
+        if not (number and abs(entry) <= largest and accepts(entry)):
             raise InputError(f"{name} is {entry!r}; give {accepted}")
-    packed = np.asarray(_entries(value, batch, name), np.float32)
+    packed = np.asarray(entries, np.float32)
     # Subnormal numbers are zero on most accelerators, and must not be half zero.
     return np.where(np.abs(packed) < np.finfo(np.float32).tiny, np.float32(0), packed)
 
@@ -271,12 +273,6 @@ def _integers(value: Any, batch: int, name: str, largest: int, note: str = "") -
     return np.asarray(entries, np.int64).astype(np.int32 if largest < 2**31 else np.uint32)
 
 
-def _seeds(value: Any, batch: int) -> np.ndarray:
-    seeds = _integers(value, batch, "seed", 2**32 - 1)
-    scalar = not isinstance(value, Sequence) and np.ndim(value) == 0
-    return seeds + np.arange(batch, dtype=np.uint32) if scalar else seeds
-
-
 def _bias(value: Any, batch: int, vocab: int) -> np.ndarray | None:
     entries = [value] * batch if value is None or isinstance(value, Mapping) else _entries(value, batch, "logit_bias")
     bias = np.zeros((batch, vocab), np.float32)
@@ -290,5 +286,7 @@ def _bias(value: Any, batch: int, vocab: int) -> np.ndarray | None:
                 raise InputError(
                     f"logit_bias names token {token!r}; give ids from 0 to {vocab - 1}, the target's vocabulary"
                 )
-            row[token] = _floats(amount, 1, f"logit_bias of token {token}", lambda _: True, "a finite number")[0]
+            row[token] = _floats(
+                amount, 1, f"logit_bias of token {token}", lambda x: abs(x) <= 1e9, "a number from -1e9 to 1e9"
+            )[0]
     return bias if bias.any() else None

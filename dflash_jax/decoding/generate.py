@@ -1,0 +1,262 @@
+"""`generate` and `stream`: prefill, then rounds on the device, seen by the host every so many rounds."""
+
+import itertools
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from dflash_jax.decoding.prefill import capacity, prefill
+from dflash_jax.decoding.round import DecodeState, decode_round
+from dflash_jax.decoding.sampling import Sampling
+from dflash_jax.errors import InputError
+from dflash_jax.pair import Pair
+from dflash_jax.text import Prompt, Transcript
+
+ROUNDS_PER_DISPATCH = 16  # of a stream, or where stop strings have to be looked for
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt became.
+
+    tokens: generated ids, an ending stop token included. text: their text, cut before a stop string.
+    acceptance_lengths: tokens emitted in each round, the bonus included; the first token comes from the prefill.
+    finish_reason: "stop" (a stop token or string) or "length" (`max_new_tokens`, or the model's last position).
+    """
+
+    tokens: list[int]
+    text: str
+    acceptance_lengths: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stream: its text, its tokens, and which of these the drafter had right."""
+
+    text: str
+    tokens: list[int]
+    drafted: list[bool]
+
+
+@partial(jax.jit, static_argnames=("graph", "width"), donate_argnames=("state",))
+def run_rounds(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    state: DecodeState,
+    sampling: Sampling | None,
+    rounds: Int[Array, ""],
+    width: int,
+) -> DecodeState:
+    """Up to `rounds` rounds in one dispatch; it ends early when every request is finished."""
+    target, drafter = nnx.merge(graph, weights)
+
+    def unfinished(carry: tuple[Array, DecodeState]) -> Array:
+        return (carry[0] < rounds) & ~jnp.all(carry[1].finished)
+
+    def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        return carry[0] + 1, decode_round(target, drafter, carry[1], sampling, width)
+
+    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def generate(
+    pair: Pair,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    temperature: Any = 0.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+    presence_penalty: Any = 0.0,
+    frequency_penalty: Any = 0.0,
+    logit_bias: Any = None,
+    seed: Any = 0,
+    stop: Any = (),
+    draft: bool = True,
+    width: int | None = None,
+) -> list[Generation]:
+    """Complete prompts. The output is the target's own, with the drafter or without it.
+
+    Args:
+        prompts: each a text, token ids, or chat messages; all are decoded as one batch.
+        max_new_tokens: most tokens to generate for each prompt.
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed:
+            one value for all prompts, or one for each (see `Sampling.build`). Temperature 0 is greedy.
+        stop: texts and token ids that end a generation, beside the model's own end tokens.
+        draft: False decodes plainly.
+        width: rows a round, the anchor included, 1 to the drafter's block size, which is the default.
+
+    Raises:
+        InputError: an empty or too long prompt, ids outside the vocabulary, or a setting out of its range.
+    """
+    prompts = as_batch(prompts)
+    settings = dict(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias, seed=seed,
+    )  # fmt: skip
+    if not prompts:
+        return []
+    run = _Run(pair, prompts, max_new_tokens, settings, stop, draft, width)
+    rounds = ROUNDS_PER_DISPATCH if run.stop_texts else np.iinfo(np.int32).max
+    for _ in run.dispatches(itertools.repeat(rounds)):
+        pass
+    return [output.generation() for output in run.outputs]
+
+
+def stream(
+    pair: Pair,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 256,
+    stop: Any = (),
+    draft: bool = True,
+    width: int | None = None,
+    **settings: Any,
+) -> Generator[Piece, None, Generation]:
+    """Complete one prompt and yield pieces as rounds finish; returns the `Generation`. Arguments as for `generate`."""
+    run = _Run(pair, [prompt], max_new_tokens, settings, stop, draft, width)
+    output = run.outputs[0]
+    growing = itertools.chain([1, 2, 4, 8], itertools.repeat(ROUNDS_PER_DISPATCH))  # the first words at once
+    for _ in run.dispatches(growing):
+        if piece := output.piece():
+            yield piece
+    generation = output.generation()
+    if piece := output.piece():
+        yield piece
+    return generation
+
+
+def as_batch(prompts: Any) -> list[Prompt]:
+    """A list of prompts; a single text, list of ids or list of messages is a batch of one."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer, dict))):
+        return [prompts]
+    return list(prompts)
+
+
+class _Run:
+    """One batch on its way: its arrays on the device, and on the host what has been seen of its output."""
+
+    def __init__(
+        self, pair: Pair, prompts: list[Prompt], max_new: int, settings: dict, stop: Any, draft: bool, width: int | None
+    ):
+        config = pair.target.config
+        if isinstance(max_new, bool) or not isinstance(max_new, (int, np.integer)) or max_new < 1:
+            raise InputError(f"max_new_tokens is {max_new!r}; give a whole number of at least 1")
+        ids = [pair.tokenizer.encode(prompt) for prompt in prompts]
+        self.stop_texts, stop_ids = split_stops(stop, config.vocab_size)
+        self.width = check_width(pair, draft, width)
+        self.graph, self.weights = pair.split if self.width > 1 else pair.split_target
+        self.sampling = Sampling.build(len(ids), config.vocab_size, **settings)
+        lengths = np.array([len(i) for i in ids], np.int32)
+        longest = config.max_position or np.iinfo(np.int32).max
+        if lengths.max() >= longest:
+            raise InputError(f"a prompt has {lengths.max()} tokens and the model takes {longest}; give at most {longest - 1}")
+        limit = np.minimum(lengths + int(max_new), longest).astype(np.int32)
+        tokens = np.zeros((len(ids), capacity(int(limit.max()) + self.width)), np.int32)
+        for row, prompt in zip(tokens, ids, strict=True):
+            row[: len(prompt)] = prompt
+        ends = sorted({*config.eos_token_ids, *stop_ids})
+        stops = np.full((len(ids), max(8, len(ends))), -1, np.int32)
+        stops[:, : len(ends)] = ends
+        self.outputs = [_Output(pair, int(n), self.stop_texts, set(ends)) for n in lengths]
+        self.inputs = jax.device_put((tokens, lengths, limit, stops))
+
+    def dispatches(self, rounds: Iterator[int]) -> Iterator[None]:
+        """Prefill, then dispatches of rounds until all is finished; the host sees the output after each."""
+        state = prefill(self.graph, self.weights, *self.inputs, self.sampling, self.width)
+        while True:
+            done = self._look(state)
+            yield
+            if done:
+                return
+            count = jax.device_put(np.int32(next(rounds)))
+            state = run_rounds(self.graph, self.weights, state, self.sampling, count, self.width)
+
+    def _look(self, state: DecodeState) -> bool:
+        tokens, known, counts, rounds, finished = jax.device_get(
+            (state.tokens, state.known, state.counts, state.rounds, state.finished)
+        )
+        for i, output in enumerate(self.outputs):
+            output.update(tokens[i, : known[i]], counts[i, : rounds[i]])
+        return all(f or o.transcript.stopped for f, o in zip(finished, self.outputs, strict=True))
+
+
+class _Output:
+    """The host's view of one request."""
+
+    def __init__(self, pair: Pair, prompt_length: int, stop_texts: Sequence[str], ends: set[int]):
+        self.prompt_length, self.ends = prompt_length, ends
+        self.transcript = Transcript(pair.tokenizer, stop_texts)
+        self.tokens: list[int] = []
+        self.counts: list[int] = []
+        self.text = ""
+        self._shown_tokens = self._shown_text = 0
+
+    def update(self, tokens: np.ndarray, counts: np.ndarray) -> None:
+        """Take in all that the device knows of this request, prompt included."""
+        if self.transcript.stopped:
+            return
+        new = tokens[self.prompt_length + len(self.tokens) :].tolist()
+        text, kept = self.transcript.push(new)
+        self.tokens += new[:kept]
+        self.text += text
+        self.counts = counts.tolist()
+
+    def drafted(self) -> list[bool]:
+        """For each token, whether the drafter had it: all of a round but the bonus."""
+        flags = [False]
+        for count in self.counts:
+            flags += [True] * (count - 1) + [False]
+        return flags[: len(self.tokens)]
+
+    def piece(self) -> Piece | None:
+        """What is new since the last piece."""
+        tokens, text = self.tokens[self._shown_tokens :], self.text[self._shown_text :]
+        flags = self.drafted()[self._shown_tokens :]
+        self._shown_tokens, self._shown_text = len(self.tokens), len(self.text)
+        return Piece(text, tokens, flags) if tokens or text else None
+
+    def generation(self) -> Generation:
+        self.text += self.transcript.flush()
+        lengths, left = [], len(self.tokens) - 1
+        for count in self.counts:
+            if left > 0:
+                lengths.append(min(count, left))
+                left -= count
+        stopped = self.transcript.stopped or (bool(self.tokens) and self.tokens[-1] in self.ends)
+        return Generation(list(self.tokens), self.text, lengths, "stop" if stopped else "length")
+
+
+def split_stops(stop: Any, vocab: int) -> tuple[list[str], list[int]]:
+    """Stop texts and stop ids."""
+    entries = [stop] if isinstance(stop, (str, int)) else list(stop)
+    for entry in entries:
+        if isinstance(entry, str) and entry:
+            continue
+        if isinstance(entry, bool) or not isinstance(entry, (int, np.integer)) or not 0 <= entry < vocab:
+            raise InputError(f"stop holds {entry!r}; give texts of at least one character, or ids from 0 to {vocab - 1}")
+    return [e for e in entries if isinstance(e, str)], [int(e) for e in entries if not isinstance(e, str)]
+
+
+def check_width(pair: Pair, draft: bool, width: int | None) -> int:
+    """Rows of a round: 1 for plain decoding, else as asked for or the drafter's block."""
+    if pair.drafter is None or not draft:
+        if width not in (None, 1):
+            raise InputError(f"width is {width}, and there is no drafter at work; leave width out, or give a drafter")
+        return 1
+    block = pair.drafter.config.block_size
+    if width is None:
+        return block
+    if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or not 1 <= width <= block:
+        raise InputError(f"width is {width!r}; give a whole number from 1 to {block}, the drafter's block size")
+    return int(width)

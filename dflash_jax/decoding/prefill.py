@@ -1,0 +1,79 @@
+"""From prompts to the first token: the same few compiled programs for prompts of any length."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from dflash_jax.cache import DrafterCache, TargetCache
+from dflash_jax.decoding.round import DecodeState, emit
+from dflash_jax.decoding.sampling import History, Sampling, draw
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.target import Target
+
+CHUNK = 128  # prompt rows a pass
+
+
+def capacity(longest: int) -> int:
+    """Positions to reserve for sequences of up to `longest` tokens: few sizes, so few compilations."""
+    size = 2 * CHUNK
+    while size < longest:
+        size *= 2
+    return size
+
+
+@partial(jax.jit, static_argnames=("graph", "width"))
+def prefill(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    prompts: Int[Array, "B S"],
+    lengths: Int[Array, "B"],
+    limit: Int[Array, "B"],
+    stops: Int[Array, "B E"],
+    sampling: Sampling | None,
+    width: int,
+) -> DecodeState:
+    """Run the prompts through target and drafter, chunk by chunk, and draw the first token.
+
+    S is the capacity; `width` is the number of rows of the rounds to come.
+    """
+    target, drafter = nnx.merge(graph, weights)
+    B, S = prompts.shape
+    dtype = target.embed.embedding.dtype
+    cache = TargetCache.empty(target.config, B, S, width, dtype)
+    draft_cache = None if drafter is None else DrafterCache.empty(drafter.config, B, S, dtype)
+    last = jnp.zeros((B, target.config.hidden_size), dtype)
+    chunks = (jnp.max(lengths) + CHUNK - 1) // CHUNK
+    run = partial(_chunk, target, drafter, prompts, lengths)
+    cache, draft_cache, last = jax.lax.fori_loop(0, chunks, run, (cache, draft_cache, last))
+    penalised = sampling is not None and sampling.plan.penalties
+    state = DecodeState(
+        cache=cache,
+        draft_cache=draft_cache,
+        tokens=prompts,
+        known=lengths,
+        limit=limit,
+        stops=stops,
+        finished=jnp.zeros(B, bool),
+        counts=jnp.zeros((B, S), jnp.int32),
+        rounds=jnp.zeros(B, jnp.int32),
+        history=History.start(prompts, lengths, target.config.vocab_size) if penalised else None,
+    )
+    anchors = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
+    first = draw(target.head(last)[:, None], lengths[:, None], sampling, state.history, anchors)
+    return emit(state, first, jnp.ones(B, jnp.int32))
+
+
+def _chunk(target: Target, drafter: Drafter | None, prompts: Array, lengths: Array, i: Array, carry: tuple) -> tuple:
+    cache, draft_cache, last = carry
+    rows = jax.lax.dynamic_slice_in_dim(prompts, i * CHUNK, CHUNK, axis=1)
+    count = jnp.clip(lengths - i * CHUNK, 0, CHUNK)
+    taps = () if drafter is None else drafter.config.tap_ids
+    out, new = target.prefill(rows, count, cache, tap_ids=taps)
+    if drafter is not None:
+        draft_cache = draft_cache.commit(drafter.context(out.taps, cache.lengths), cache.lengths, count)
+    ends_here = (count > 0) & (lengths <= (i + 1) * CHUNK)
+    end = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return new, draft_cache, jnp.where(ends_here[:, None], end, last)

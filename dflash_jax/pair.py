@@ -1,0 +1,132 @@
+"""A target and its drafter, loaded and ready to run."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dflash_jax.checkpoints.load import load_drafter, load_target
+from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.errors import InputError
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.target import Target
+from dflash_jax.text import Tokenizer, load_tokenizer
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target, the drafter made for it (or None: plain decoding only), and the target's tokenizer."""
+
+    target: Target
+    drafter: Drafter | None
+    tokenizer: Tokenizer
+
+    @cached_property
+    def split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """Both models as a static graph and a pytree of weights, for `jax.jit`."""
+        return nnx.split((self.target, self.drafter))
+
+    @cached_property
+    def split_target(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The target without the drafter, for plain decoding."""
+        return nnx.split((self.target, None))
+
+    def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """The target's logits after each token, in fp32.
+
+        InputError for ids outside the vocabulary, no tokens, or more than the model's positions.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; give integer ids [B, T]")
+        vocab, longest, length = self.target.config.vocab_size, self.target.config.max_position, tokens.shape[1]
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            raise InputError(f"tokens hold ids from {tokens.min()} to {tokens.max()}; ids are 0 to {vocab - 1}")
+        if longest and length > longest:
+            raise InputError(f"tokens are {length} long and the model takes {longest}; give fewer")
+        size = max(16, 1 << (length - 1).bit_length())  # few shapes; a causal model does not see what follows
+        padded = np.pad(tokens, ((0, 0), (0, size - length))).astype(np.int32)
+        return _logits(*self.split_target, padded)[:, :length]
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def _logits(graph: nnx.GraphDef, weights: nnx.State, tokens: Array) -> Array:
+    target, _ = nnx.merge(graph, weights)
+    return target.head(target.sequence(tokens).hidden)
+
+
+def load(
+    target: str | Path | None = None,
+    drafter: str | Path | None = None,
+    *,
+    dtype: jnp.dtype | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Pair:
+    """Load a target and a drafter, each a folder or a hub name; without arguments, the embedded pair.
+
+    Args:
+        target: a Hugging Face checkpoint of a supported family.
+        drafter: a DFlash or DFlash 2 checkpoint made for that target; None: `generate` decodes plainly.
+        dtype: of the weights; by default float32 on the CPU and the checkpoint's own on accelerators.
+        mesh: not supported yet; leave it None.
+
+    Raises:
+        InputError: a folder that cannot be read, an architecture that is not supported, a drafter that does not fit.
+    """
+    if mesh is not None:
+        raise InputError("a mesh was given, and models run on one device in this version; leave mesh out")
+    if target is None and drafter is not None:
+        raise InputError("a drafter was given without its target; give both, or neither for the embedded pair")
+    if target is None:
+        target, drafter = EMBEDDED / "target", EMBEDDED / "drafter"
+    folder = find_folder(target, "target")
+    config, model = load_target(folder, dtype)
+    tokenizer_folder = EMBEDDED / "tokenizer" if folder == EMBEDDED / "target" else folder
+    tokenizer = load_tokenizer(tokenizer_folder, config.vocab_size)
+    if drafter is None:
+        return Pair(model, None, tokenizer)
+    drafter_config, drafter_model = load_drafter(find_folder(drafter, "drafter"), dtype)
+    check_fit(config, drafter_config)
+    return Pair(model, drafter_model, tokenizer)
+
+
+def find_folder(name: str | Path, role: str) -> Path:
+    """A local folder as it is; a hub name is downloaded, or taken from the cache."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise InputError(f"{role} {name} is not a folder; give a checkpoint folder, or a hub name such as owner/model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:  # the hub client and its transport have many errors of their own
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{role} {name} is no local folder and cannot be had from the hub: {reason}") from error
+
+
+def check_fit(target: TargetConfig, drafter: DrafterConfig) -> None:
+    """InputError if the drafter was made for another target."""
+    facts = [
+        ("hidden size", drafter.hidden_size, target.hidden_size),
+        ("vocabulary", drafter.vocab_size, target.vocab_size),
+        ("number of target layers", drafter.num_target_layers, target.num_layers),
+    ]
+    for what, got, want in facts:
+        if got != want:
+            raise InputError(f"the drafter's {what} is {got} and the target's is {want}; give the target's own drafter")
+    last = target.num_layers - 1
+    if max(drafter.tap_ids) > last or min(drafter.tap_ids) < 0:
+        raise InputError(f"the drafter taps layers {list(drafter.tap_ids)}; the target's layers are 0 to {last}")
+    if not 0 <= drafter.mask_token_id < target.vocab_size:
+        top = target.vocab_size - 1
+        raise InputError(f"the drafter's mask token is {drafter.mask_token_id}; the target's tokens are 0 to {top}")

@@ -1,0 +1,106 @@
+"""A target that is a table, drafters that are a worse table, and the exact distribution of what they should say.
+
+The next token's logits depend on the last two tokens, so a marginal over two steps sees a wrong history, a wrong row
+and a wrong seam between rounds.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dflash_jax.decoding import acceptance
+from dflash_jax.decoding.noise import Purpose, gumbel
+from dflash_jax.decoding.proposal import Candidates, Proposal
+from dflash_jax.decoding.sampling import History, Sampling
+from tests.decoding import reference
+
+VOCAB = 8
+CHOICES = 5  # candidates a row
+PROMPT = (2, 5)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Tables [V, V, V] of logits after (token before last, last token)."""
+
+    seed: int = 0
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).normal(size=(VOCAB,) * 3).astype(np.float32) * 1.5
+
+    @cached_property
+    def drafter(self) -> np.ndarray:
+        noise = np.random.default_rng(self.seed + 1).normal(size=(VOCAB,) * 3).astype(np.float32)
+        return self.target + noise
+
+    def exact(self, settings: dict, steps: int) -> np.ndarray:
+        """The joint distribution [V] * steps of the first tokens under plain sampling."""
+        joint = np.zeros((VOCAB,) * steps)
+
+        def extend(generated: tuple[int, ...], mass: float) -> None:
+            if len(generated) == steps:
+                joint[generated] = mass
+            elif mass > 0:
+                logits = self.target[(*PROMPT, *generated)[-2:]]
+                following = reference.probabilities(logits, settings, PROMPT, generated)
+                for token in range(VOCAB):
+                    extend((*generated, token), mass * following[token])
+
+        extend((), 1.0)
+        return joint
+
+
+def propose(toy: Toy, kind: str, width: int, before: jax.Array, anchor: jax.Array, positions, seed) -> Proposal:
+    """Drafts of an imperfect drafter: `argmax`, or `candidates` that are drawn; `ragged` leaves some of those out."""
+    noise = gumbel(seed, positions, CHOICES, Purpose.DRAFT)
+    tokens, ids, probs = [anchor], [], []
+    for row in range(width - 1):
+        logits = jnp.asarray(toy.drafter)[before, tokens[-1]]
+        values, choices = jax.lax.top_k(logits, CHOICES)
+        slot = jnp.argmax(values + noise[:, row] * (kind != "argmax"), axis=-1)
+        before = tokens[-1]
+        tokens.append(jnp.take_along_axis(choices, slot[:, None], axis=1)[:, 0].astype(jnp.int32))
+        ids.append(choices)
+        probs.append(jax.nn.softmax(values, axis=-1))
+    drafts = jnp.stack(tokens, axis=1)
+    if kind == "ragged":
+        lengths = (seed.astype(jnp.int32) % 7 + positions[:, 0]) % width
+        drafts = jnp.where(jnp.arange(width) <= lengths[:, None], drafts, -1)
+    if kind == "argmax" or width == 1:
+        return Proposal(drafts)
+    return Proposal(drafts, Candidates(jnp.stack(ids, axis=1).astype(jnp.int32), jnp.stack(probs, axis=1)))
+
+
+def one_round(toy: Toy, kind: str, width: int, tokens: jax.Array, length: jax.Array, sampling, history):
+    """Propose, look the target up, accept and commit: tokens [B, T] and length [B] of prompt and output."""
+    each, rows = jnp.arange(len(length))[:, None], jnp.arange(width)
+    before, anchor = tokens[each[:, 0], length - 2], tokens[each[:, 0], length - 1]
+    positions = length[:, None] + rows
+    proposal = propose(toy, kind, width, before, anchor, positions, sampling.seed)
+    previous = jnp.concatenate([before[:, None], proposal.tokens[:, :-1]], axis=1)
+    # An absent draft gets logits of noughts, as any would do: nothing may depend on them.
+    logits = jnp.where((proposal.tokens >= 0)[..., None], jnp.asarray(toy.target)[previous, proposal.tokens], 0.0)
+    accepted = acceptance.accept(proposal, logits, positions, sampling, history)
+    emitted = rows < accepted.count[:, None]
+    places = jnp.where(emitted, positions, tokens.shape[1])
+    tokens = tokens.at[each, places].set(accepted.emitted, mode="drop")
+    return tokens, length + accepted.count, history and history.add(accepted.emitted, emitted), accepted.count
+
+
+def speculate(toy: Toy, kind: str, width: int, sampling: Sampling, steps: int) -> tuple[np.ndarray, float]:
+    """The first `steps` tokens [B, steps] of every request of `sampling`, and the mean tokens a round."""
+    batch = sampling.seed.shape[0]
+    tokens = jnp.zeros((batch, len(PROMPT) + steps + width), jnp.int32).at[:, : len(PROMPT)].set(jnp.array(PROMPT))
+    length = jnp.full(batch, len(PROMPT), jnp.int32)
+    history = History.start(tokens, length, VOCAB) if sampling.plan.penalties else None
+    # Each program runs three times on tiny arrays: what costs time is to compile it.
+    step = jax.jit(partial(one_round, toy, kind, width), compiler_options={"xla_backend_optimization_level": 1})
+    counts = []
+    for _ in range(steps):
+        tokens, length, history, count = step(tokens, length, sampling, history)
+        counts.append(float(count.mean()))
+    return np.asarray(tokens[:, len(PROMPT) : len(PROMPT) + steps]), float(np.mean(counts))

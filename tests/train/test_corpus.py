@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from train import corpus
+
+LONG = "".join(f"    x = {i}\n" for i in range(20))
+
+
+@pytest.fixture
+def library(tmp_path) -> Path:
+    files = {
+        "argparse.py": "import os\n",
+        "heapq.py": f"def push(heap):\n{LONG}\nclass Heap(list):\n    @property\n    def top(self):\n{LONG.replace('    ', '        ')}",
+        "json/decoder.py": f"def scan():\n{LONG}",
+        "test/test_os.py": "x = 1\n",
+        "unittest/test/case.py": "x = 1\n",
+        "site-packages/jax.py": "x = 1\n",
+        "_sysconfigdata__linux.py": "x = 1\n",
+        "empty.py": "\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.py").write_bytes(b"x = '\xe9'\n")
+    return tmp_path
+
+
+def test_split_keeps_library_code_and_holds_modules_out_by_name(library):
+    train, held_out = corpus.split(library)
+    assert [document.name for document in train] == ["argparse.py"]
+    assert [document.name for document in held_out] == ["heapq.py", "json/decoder.py"]
+
+
+def test_prompts_are_beginnings_of_functions_taken_from_the_modules_in_turn(library):
+    prompts = corpus.held_out_prompts(10, library)
+    assert [prompt.splitlines()[0] for prompt in prompts] == ["def push(heap):", "def scan():", "class Heap(list):"]
+    assert prompts[2].startswith("class Heap(list):\n\n    @property\n    def top(self):\n        x = 0\n")
+    assert corpus.held_out_prompts(2, library) == prompts[:2]
+
+
+def test_this_machine_has_a_corpus_and_prompts():
+    train, held_out = corpus.split()
+    assert sum(len(document.text) for document in train) > 5e6
+    assert not corpus.HELD_OUT.intersection(document.name for document in train)
+    assert len(held_out) >= 10
+    assert len(set(corpus.held_out_prompts(40))) == 40

@@ -1,0 +1,247 @@
+"""Trains a DFlash drafter for a frozen target: `python -m train.drafter --out runs/drafter --target runs/target/model ...`.
+
+The story: responses of the target -> taps of the frozen target -> random anchors -> blocks in one pass -> decayed cross-entropy.
+Source of the method: arXiv 2602.06036.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import jsonargparse
+import numpy as np
+from flax import nnx
+from transformers import PreTrainedTokenizerBase
+
+from dflash_jax.checkpoints.load import load_target
+from dflash_jax.checkpoints.save import save_drafter
+from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.target import Target
+from train import corpus, losses
+from train.anchors import Blocks, cut_blocks, decay, sample_anchors
+from train.blocks import block_hidden
+from train.data import shuffled
+from train.loop import LoopConfig, Task, run
+from train.regenerate import RegenerateConfig, Responses, regenerate
+from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
+from train.tokenizer import load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterArchitecture:
+    """Sizes of a drafter; it takes the target's width, vocabulary, embedding and head.
+
+    Args:
+        num_layers: draft layers, all with full attention unless `sliding_window` is set
+        block_size: rows of a block, the anchor included
+        taps: how many of the target's layers are tapped
+        sliding_window: window of sliding layers, which are also causal inside the block; default: full attention
+    """
+
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 48
+    intermediate_size: int = 384
+    block_size: int = 8
+    taps: int = 3
+    sliding_window: int | None = None
+
+    def drafter_config(self, target: TargetConfig, mask_token: int) -> DrafterConfig:
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        return DrafterConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_size,
+            layer_types=(kind,) * self.num_layers,
+            causal=(self.sliding_window is not None,) * self.num_layers,
+            sliding_window=self.sliding_window,
+            rope=dataclasses.replace(target.rope, dim=self.head_dim),
+            rms_norm_eps=target.rms_norm_eps,
+            block_size=self.block_size,
+            mask_token_id=mask_token,
+            tap_ids=tap_ids(target.num_layers, self.taps),
+            num_target_layers=target.num_layers,
+            max_position=target.max_position,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterTraining:
+    """How a drafter is trained on the target's responses.
+
+    Args:
+        architecture: sizes of the drafter
+        loop: steps, checkpoints and evaluation
+        optimizer: AdamW and its schedule
+        batch: sequences in a step
+        anchors: blocks of a sequence, at random places, new ones every time the sequence comes up
+        loss: position weights: "decay" is exp(-(k - 1) / gamma), "pace" is D-PACE
+        gamma: of "decay"; 4 for blocks of 8, 5 for 10, 7 for 16
+        held_out: sequences of the held-out loss
+        head_chunk: rows of logits made at once; 0 is all
+        seed: of the initialisation, the order of the data and the anchors
+    """
+
+    architecture: DrafterArchitecture = DrafterArchitecture()
+    loop: LoopConfig = LoopConfig(steps=3000)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: int = 8
+    anchors: int = 48
+    loss: Literal["decay", "pace"] = "decay"
+    gamma: float = 4.0
+    held_out: int = 64
+    head_chunk: int = 0
+    seed: int = 0
+
+
+def tap_ids(layers: int, count: int) -> tuple[int, ...]:
+    """The layers to tap: spread evenly, never the last one."""
+    if count == 1:
+        return (layers // 2,)
+    return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
+
+
+def drafter_loss(
+    graphs: tuple[nnx.GraphDef, nnx.GraphDef], config: DrafterTraining, params: Pytree, frozen: Pytree, batch: Pytree
+) -> tuple[jax.Array, Metrics]:
+    """Loss and metrics of one batch {tokens [B, T], mask [B, T], step []}; the target's taps are made on the way."""
+    drafter, target = nnx.merge(graphs[0], params), nnx.merge(graphs[1], frozen)
+    c = drafter.config
+    key = jax.random.fold_in(jax.random.key(config.seed), batch["step"])
+    anchors, real = sample_anchors(key, batch["mask"], config.anchors)
+    blocks = cut_blocks(batch["tokens"], batch["mask"], anchors, real, rows=c.block_size, mask_token=c.mask_token_id)
+    taps = jax.lax.stop_gradient(target.sequence(batch["tokens"], tap_ids=c.tap_ids).taps)
+    hidden = block_hidden(drafter, target.embed.embedding[...][blocks.inputs], taps, anchors)
+    nll, guess = block_predictions(drafter, target, hidden, blocks, config.head_chunk)
+    weights = losses.pace_weights(nll, blocks.weights)
+    if config.loss == "decay":
+        weights = blocks.weights * decay(c.block_size, config.gamma)
+    return losses.weighted_mean(nll, weights), acceptance_metrics(nll, guess, blocks)
+
+
+def block_predictions(
+    drafter: Drafter, target: Target, hidden: jax.Array, blocks: Blocks, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood and argmax [B, A, W] through the target's frozen head; row 0 is not predicted."""
+    rows, labels = hidden[:, :, 1:], blocks.labels[:, :, 1:]
+    nll, guess = losses.chunked_head(lambda x: drafter.logits(target.head, x), rows.reshape(-1, rows.shape[-1]), labels.reshape(-1), chunk)
+    shift = ((0, 0), (0, 0), (1, 0))
+    return jnp.pad(nll.reshape(labels.shape), shift), jnp.pad(guess.reshape(labels.shape), shift)
+
+
+def acceptance_metrics(nll: jax.Array, guess: jax.Array, blocks: Blocks) -> Metrics:
+    """Accuracy of rows 1.., and tokens a round as greedy verification of these very blocks would give them.
+
+    Blocks cut short by the end of a response are left out of the acceptance length.
+    """
+    correct, counts = (guess == blocks.labels).astype(jnp.float32), blocks.weights
+    whole = jnp.min(counts[..., 1:], -1, keepdims=True) * jnp.ones_like(counts)
+    prefix = losses.accepted(correct, counts).sum(-1)
+    return {
+        "nll": losses.weighted_mean(nll, counts),
+        "accuracy": (jnp.sum(correct * counts, (0, 1)) / jnp.maximum(jnp.sum(counts, (0, 1)), 1))[1:],
+        "acceptance": 1 + losses.weighted_mean(prefix, whole[..., 0]),
+    }
+
+
+def batches(responses: Responses, size: int, seed: int):
+    """step -> batch, every sequence once an epoch."""
+    mask = responses.loss_mask()
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        rows = [item for _, item in shuffled(len(responses), size, seed, step)]
+        return {"tokens": responses.tokens[rows], "mask": mask[rows], "step": np.uint32(step)}
+
+    return batch
+
+
+def evaluator(loss, frozen: Pytree, responses: Responses, size: int):
+    """Metrics over held-out responses, always with the same anchors."""
+    metrics = jax.jit(lambda params, frozen, batch: loss(params, frozen, batch)[1])
+    mask = responses.loss_mask()
+
+    def evaluate(state: TrainState) -> dict[str, float | list[float]]:
+        parts = [
+            metrics(state.params, frozen, {"tokens": responses.tokens[i : i + size], "mask": mask[i : i + size], "step": i})
+            for i in range(0, len(responses) - size + 1, size)
+        ]
+        host = jax.device_get(parts)
+        return {f"held_out_{name}": np.mean([m[name] for m in host], 0, float).tolist() for name in host[0]}
+
+    return evaluate
+
+
+def train_drafter(
+    config: DrafterTraining, target: Target, mask_token: int, data: Responses, held_out: Responses, out: Path
+) -> tuple[Drafter, bool]:
+    """The drafter as far as it is trained, and whether that is to the end."""
+    architecture = config.architecture.drafter_config(target.config, mask_token)
+    graph, params = nnx.split(Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed)))
+    target_graph, frozen = nnx.split(target)
+    optimizer = make_optimizer(config.optimizer, config.loop.steps)
+    loss = functools.partial(drafter_loss, (graph, target_graph), config)
+    task = Task(
+        step=make_step(loss, optimizer),
+        frozen=frozen,
+        batch=batches(data, config.batch, config.seed),
+        evaluate=evaluator(loss, frozen, held_out, config.batch),
+        tokens_per_step=config.batch * data.tokens.shape[1],
+    )
+    state = run(init_state(params, optimizer), task, config.loop, out)
+    return nnx.merge(graph, state.params), int(state.step) == config.loop.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterRun:
+    """Lets a target write responses to prompts from the Python standard library, and trains a drafter on them.
+
+    Args:
+        out: folder for responses, checkpoints, the log and, when all steps are done, the exported drafter in out/model
+        target: folder of the target's checkpoint
+        tokenizer: folder of the tokenizer, which has to have a mask token
+        responses: what the target writes
+        training: the drafter and how it is trained
+    """
+
+    out: Path
+    target: Path
+    tokenizer: Path
+    responses: RegenerateConfig = RegenerateConfig()
+    training: DrafterTraining = DrafterTraining()
+
+
+def corpus_responses(
+    target: Target, tokenizer: PreTrainedTokenizerBase, config: RegenerateConfig, held_out: int, folder: Path
+) -> tuple[Responses, Responses]:
+    """Responses to prompts from the training documents, and greedy ones to prompts from the held-out documents."""
+    end = tokenizer.eos_token_id
+    starts = np.array(["\n" in tokenizer.decode([token]) for token in range(len(tokenizer))])
+    seen, unseen = ([np.asarray(tokenizer(d.text)["input_ids"]) for d in part] for part in corpus.split())
+    few = dataclasses.replace(config, count=held_out, batch=min(config.batch, held_out), sampled=0.0)
+    data = regenerate(target, seen, starts, end, config, folder / "train")
+    return data, regenerate(target, unseen, starts, end, few, folder / "held_out")
+
+
+def main() -> None:
+    """The command."""
+    config = jsonargparse.auto_cli(DrafterRun, as_positional=False)
+    target = load_target(config.target, dtype=jnp.float32)
+    tokenizer = load_tokenizer(config.tokenizer)
+    held_out = config.training.held_out
+    data = corpus_responses(target, tokenizer, config.responses, held_out, config.out / "responses")
+    drafter, done = train_drafter(config.training, target, tokenizer.mask_token_id, *data, config.out)
+    if done:
+        save_drafter(drafter, config.out / "model")
+
+
+if __name__ == "__main__":
+    main()
