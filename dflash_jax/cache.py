@@ -37,9 +37,7 @@ class KeyValues:
     def append(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
         """Write the first `count[b]` of the rows at `lengths[b]`."""
         place = jax.vmap(write_rows)
-        return KeyValues(
-            place(self.keys, rows.keys, lengths, count), place(self.values, rows.values, lengths, count)
-        )
+        return KeyValues(place(self.keys, rows.keys, lengths, count), place(self.values, rows.values, lengths, count))
 
     def commit(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
         return self.append(rows, lengths, count)
@@ -83,9 +81,7 @@ class Recurrence:
 
     def commit(self, rows: DeferredRows, lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "Recurrence":
         """The first `count[b]` rows of the block become pending."""
-        return Recurrence(
-            state=rows.state, conv=self._tail(rows.history, count), pending=rows.rows.commit(count)
-        )
+        return Recurrence(state=rows.state, conv=self._tail(rows.history, count), pending=rows.rows.commit(count))
 
     def _tail(self, history: Array, count: Int[Array, "B"]) -> Array:
         """The last inputs of the convolution once `count[b]` rows are committed."""
@@ -130,8 +126,6 @@ class DrafterCache:
         layer = KeyValues.empty(batch, config.num_kv_heads, capacity, config.head_dim, dtype)
         return cls((layer,) * config.num_layers)
 
-    def commit(
-        self, rows: tuple[KeyValues, ...], lengths: Int[Array, "B"], count: Int[Array, "B"]
-    ) -> "DrafterCache":
+    def commit(self, rows: tuple[KeyValues, ...], lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "DrafterCache":
         """Write the first `count[b]` context rows of every layer at `lengths[b]`."""
         return DrafterCache(tuple(layer.append(r, lengths, count) for layer, r in zip(self.layers, rows, strict=True)))

@@ -133,7 +133,9 @@ def block_predictions(
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood and argmax [B, A, W] through the target's frozen head; row 0 is not predicted."""
     rows, labels = hidden[:, :, 1:], blocks.labels[:, :, 1:]
-    nll, guess = losses.chunked_head(lambda x: drafter.logits(target.head, x), rows.reshape(-1, rows.shape[-1]), labels.reshape(-1), chunk)
+    nll, guess = losses.chunked_head(
+        lambda x: drafter.logits(target.head, x), rows.reshape(-1, rows.shape[-1]), labels.reshape(-1), chunk
+    )
     shift = ((0, 0), (0, 0), (1, 0))
     return jnp.pad(nll.reshape(labels.shape), shift), jnp.pad(guess.reshape(labels.shape), shift)
 
@@ -171,7 +173,9 @@ def evaluator(loss, frozen: Pytree, responses: Responses, size: int):
 
     def evaluate(state: TrainState) -> dict[str, float | list[float]]:
         parts = [
-            metrics(state.params, frozen, {"tokens": responses.tokens[i : i + size], "mask": mask[i : i + size], "step": i})
+            metrics(
+                state.params, frozen, {"tokens": responses.tokens[i : i + size], "mask": mask[i : i + size], "step": i}
+            )
             for i in range(0, len(responses) - size + 1, size)
         ]
         host = jax.device_get(parts)

@@ -32,7 +32,8 @@ def chunked_head(
         return rows((hidden, labels))
     padding = -count % chunk
     pieces = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:]), (hidden, labels)
+        lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:]),
+        (hidden, labels),
     )
     outputs = jax.lax.map(jax.checkpoint(rows), pieces)
     return jax.tree.map(lambda x: x.reshape(-1)[:count], outputs)

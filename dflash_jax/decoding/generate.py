@@ -160,7 +160,9 @@ class _Run:
         lengths = np.array([len(i) for i in ids], np.int32)
         longest = config.max_position or np.iinfo(np.int32).max
         if lengths.max() >= longest:
-            raise InputError(f"a prompt has {lengths.max()} tokens and the model takes {longest}; give at most {longest - 1}")
+            raise InputError(
+                f"a prompt has {lengths.max()} tokens and the model takes {longest}; give at most {longest - 1}"
+            )
         limit = np.minimum(lengths + int(max_new), longest).astype(np.int32)
         tokens = np.zeros((len(ids), capacity(int(limit.max()) + self.width)), np.int32)
         for row, prompt in zip(tokens, ids, strict=True):
@@ -244,7 +246,9 @@ def split_stops(stop: Any, vocab: int) -> tuple[list[str], list[int]]:
         if isinstance(entry, str) and entry:
             continue
         if isinstance(entry, bool) or not isinstance(entry, (int, np.integer)) or not 0 <= entry < vocab:
-            raise InputError(f"stop holds {entry!r}; give texts of at least one character, or ids from 0 to {vocab - 1}")
+            raise InputError(
+                f"stop holds {entry!r}; give texts of at least one character, or ids from 0 to {vocab - 1}"
+            )
     return [e for e in entries if isinstance(e, str)], [int(e) for e in entries if not isinstance(e, str)]
 
 

@@ -91,5 +91,3 @@ def emit(state: DecodeState, tokens: Int[Array, "B W"], count: Int[Array, "B"]) 
         finished=state.finished | stopped | (known >= state.limit),
         history=None if state.history is None else state.history.add(tokens, added),
     )
-
-

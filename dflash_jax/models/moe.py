@@ -34,7 +34,9 @@ class Experts(nnx.Module):
         if rows == 1:
             return self._gathered(x, chosen, weights)
         if self.moe.num_experts <= 4 * k or rows * k < self.moe.num_experts:
-            return self._dense(x, chosen, weights) if self.moe.num_experts <= 4 * k else self._gathered(x, chosen, weights)
+            return (
+                self._dense(x, chosen, weights) if self.moe.num_experts <= 4 * k else self._gathered(x, chosen, weights)
+            )
         return self._grouped(x, chosen, weights)
 
     def _activate(self, h: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:

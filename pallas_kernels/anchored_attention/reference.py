@@ -7,9 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 HIDDEN = -1e30  # a finite score: a row without any visible key stays finite
 
 
-def context_mask(
-    anchors: Int[Array, "B A"], rows: int, length: int, window: int | None
-) -> Bool[Array, "B A W T"]:
+def context_mask(anchors: Int[Array, "B A"], rows: int, length: int, window: int | None) -> Bool[Array, "B A W T"]:
     """Context position t is visible when it lies strictly before the anchor and inside the row's window.
 
     The anchor's own position is part of the block, never of the context: its features already know the token after it.

@@ -7,9 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 HIDDEN = -1e30  # a finite score: a row without any visible key stays finite
 
 
-def context_mask(
-    lengths: Int[Array, "B"], rows: int, capacity: int, window: int | None
-) -> Bool[Array, "B W S"]:
+def context_mask(lengths: Int[Array, "B"], rows: int, capacity: int, window: int | None) -> Bool[Array, "B W S"]:
     """Cached position s is visible when it is committed and inside the row's window (which counts the row itself)."""
     s = jnp.arange(capacity)
     visible = jnp.broadcast_to(s < lengths[:, None, None], (lengths.shape[0], rows, capacity))

@@ -108,6 +108,10 @@ def test_learning_rate_warms_up_and_falls_in_steps():
 
 
 def test_weight_decay_leaves_vectors_and_convolutions_alone():
-    tree = {"kernel": np.ones((2, 2)), "bias": np.ones((2, 2)), "mixer": {"conv": np.ones((4, 2, 3)), "A_log": np.ones(3)}}
+    tree = {
+        "kernel": np.ones((2, 2)),
+        "bias": np.ones((2, 2)),
+        "mixer": {"conv": np.ones((4, 2, 3)), "A_log": np.ones(3)},
+    }
     decayed = jax.tree_util.tree_map_with_path(is_matrix, tree)
     assert decayed == {"kernel": True, "bias": False, "mixer": {"conv": False, "A_log": False}}

@@ -19,7 +19,9 @@ def example(rows: int = 11, dim: int = 5, vocab: int = 7):
 def test_cross_entropy_is_the_negative_log_likelihood():
     hidden, head, labels = example()
     expected = -np.log(softmax(hidden @ head)[np.arange(len(labels)), labels])
-    np.testing.assert_allclose(losses.cross_entropy(jnp.asarray(hidden @ head), jnp.asarray(labels)), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.cross_entropy(jnp.asarray(hidden @ head), jnp.asarray(labels)), expected, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 4, 11, 100])
