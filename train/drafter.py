@@ -26,6 +26,7 @@ from train.anchors import Blocks, cut_blocks, decay, sample_anchors
 from train.blocks import block_hidden
 from train.data import shuffled
 from train.loop import LoopConfig, Task, run
+from train.memory import keep_memory
 from train.regenerate import RegenerateConfig, Responses, regenerate
 from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
 from train.tokenizer import load_tokenizer
@@ -237,6 +238,7 @@ def corpus_responses(
 
 def main() -> None:
     """The command."""
+    keep_memory()
     config = jsonargparse.auto_cli(DrafterRun, as_positional=False)
     target = load_target(config.target, dtype=jnp.float32)
     tokenizer = load_tokenizer(config.tokenizer)

@@ -19,6 +19,7 @@ from dflash_jax.errors import InputError
 from train import corpus
 from train.drafter import DrafterArchitecture, DrafterTraining, corpus_responses, train_drafter
 from train.loop import LoopConfig
+from train.memory import keep_memory
 from train.regenerate import RegenerateConfig
 from train.target import Architecture, TargetTraining, train_target
 from train.tokenizer import load_or_train, save_tokenizer
@@ -94,6 +95,7 @@ def write_prompts(path: Path, count: int) -> None:
 
 def main() -> None:
     """The command."""
+    keep_memory()
     config = jsonargparse.auto_cli(EmbeddedPair, as_positional=False)
     folder = config.folder
     run_target(config.target)

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import rich.progress
 from flax import nnx
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dflash_jax.cache import TargetCache
 from dflash_jax.models.target import Target
 from train.data import generator
+from train.step import Pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +73,13 @@ class Responses:
         return cls(**{f.name: np.concatenate([file[f.name] for file in files]) for f in dataclasses.fields(cls)})
 
 
-def cut_prompts(
-    documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig
-) -> tuple[np.ndarray, np.ndarray]:
+def cut_prompts(documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig) -> tuple[np.ndarray, np.ndarray]:
     """`count` prompts [n, longest] and their lengths. `starts[id]` says whether token `id` begins a line."""
     rng = generator(config.seed, 2)
     sizes = np.array([len(document) for document in documents], float)
     prompts = np.zeros((config.count, config.longest), np.int32)
     lengths = rng.integers(config.shortest, config.longest + 1, config.count)
-    for row, (document, length) in enumerate(
-        zip(rng.choice(len(documents), config.count, p=sizes / sizes.sum()), lengths)
-    ):
+    for row, (document, length) in enumerate(zip(rng.choice(len(documents), config.count, p=sizes / sizes.sum()), lengths)):
         tokens = documents[document]
         lines = np.flatnonzero(starts[tokens[: max(1, len(tokens) - config.longest)]])
         first = int(rng.choice(lines)) + 1 if len(lines) else 0
@@ -92,40 +89,40 @@ def cut_prompts(
     return prompts, lengths.astype(np.int32)
 
 
-def make_decoder(target: Target, capacity: int, response: int, end: int):
-    """decode(params, prompts [B, P], lengths [B], temperature [B], key) -> response tokens [B, response].
+@functools.partial(jax.jit, static_argnames=("graph", "response", "end"))
+def decode(
+    params: Pytree,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    temperature: Float[Array, "B"],
+    key: Key[Array, ""],
+    *,
+    graph: nnx.GraphDef,
+    response: int,
+    end: int,
+) -> Int[Array, "B response"]:
+    """Plain decoding, all rows in step: greedy where the temperature is 0. Behind the end token a row repeats it."""
+    model = nnx.merge(graph, params)
+    rows, longest = prompts.shape
+    cache = TargetCache.empty(model.config, rows, longest + response, 1, model.embed.embedding.dtype)
+    out, cache = model.prefill(prompts, lengths, cache)
+    last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, 1)[:, 0]
 
-    Plain decoding, all rows in step; after the end token a row goes on with end tokens.
-    """
-    graph, _ = nnx.split(target)
+    def choose(hidden: Array, key: Array) -> Array:
+        logits = model.head(hidden)
+        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)[:, None])
+        return jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
 
-    @jax.jit
-    def decode(
-        params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], temperature: Array, key: Key[Array, ""]
-    ) -> Array:
-        model = nnx.merge(graph, params)
-        rows = prompts.shape[0]
-        cache = TargetCache.empty(model.config, rows, capacity, 1, model.embed.embedding.dtype)
-        out, cache = model.prefill(prompts, lengths, cache)
-        last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, 1)[:, 0]
+    def step(carry: tuple[Array, TargetCache], key: Array) -> tuple[tuple[Array, TargetCache], Array]:
+        token, cache = carry
+        out = model.verify(token[:, None], cache)
+        cache = cache.commit(out.layers, jnp.ones(rows, jnp.int32))
+        following = jnp.where(token == end, end, choose(out.hidden[:, 0], key))
+        return (following, cache), token
 
-        def choose(hidden: Array, key: Array) -> Array:
-            logits = model.head(hidden)
-            drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)[:, None])
-            return jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
-
-        def step(carry, key: Array):
-            token, cache = carry
-            out = model.verify(token[:, None], cache)
-            cache = cache.commit(out.layers, jnp.ones(rows, jnp.int32))
-            following = jnp.where(token == end, end, choose(out.hidden[:, 0], key))
-            return (following, cache), token
-
-        keys = jax.random.split(key, response + 1)
-        _, tokens = jax.lax.scan(step, (choose(last, keys[0]), cache), keys[1:])
-        return tokens.T
-
-    return functools.partial(decode, nnx.split(target)[1])
+    keys = jax.random.split(key, response + 1)
+    _, tokens = jax.lax.scan(step, (choose(last, keys[0]), cache), keys[1:])
+    return tokens.T
 
 
 def assemble(prompts: np.ndarray, lengths: np.ndarray, responses: np.ndarray, end: int) -> Responses:
@@ -139,17 +136,12 @@ def assemble(prompts: np.ndarray, lengths: np.ndarray, responses: np.ndarray, en
 
 
 def regenerate(
-    target: Target,
-    documents: Sequence[np.ndarray],
-    starts: np.ndarray,
-    end: int,
-    config: RegenerateConfig,
-    folder: Path,
+    target: Target, documents: Sequence[np.ndarray], starts: np.ndarray, end: int, config: RegenerateConfig, folder: Path
 ) -> Responses:
     """All responses; one file a batch, so that a stopped run goes on where it was."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts, lengths = cut_prompts(documents, starts, config)
-    decode = make_decoder(target, config.longest + config.response, config.response, end)
+    graph, params = nnx.split(target)
     firsts = range(0, config.count, config.batch)
     paths = [folder / f"{first:06d}.npz" for first in firsts]
     for first, path in rich.progress.track(list(zip(firsts, paths, strict=True)), "responses"):
@@ -159,6 +151,8 @@ def regenerate(
         size = len(lengths[rows])
         temperature = (np.arange(size) < round(config.sampled * size)).astype(np.float32)
         key = jax.random.fold_in(jax.random.key(config.seed), first)
-        made = np.asarray(decode(prompts[rows], lengths[rows], temperature, key))
-        assemble(prompts[rows], lengths[rows], made, end).save(path)
+        made = decode(
+            params, prompts[rows], lengths[rows], temperature, key, graph=graph, response=config.response, end=end
+        )
+        assemble(prompts[rows], lengths[rows], np.asarray(made), end).save(path)
     return Responses.load(paths)

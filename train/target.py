@@ -18,6 +18,7 @@ from dflash_jax.models.target import Target
 from train import corpus, losses
 from train.data import PackedWindows, fixed_windows, pack
 from train.loop import LoopConfig, Task, run
+from train.memory import keep_memory
 from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
 from train.tokenizer import VOCAB_SIZE, load_or_train
 
@@ -170,6 +171,7 @@ def train_target(config: TargetTraining) -> tuple[Target, bool]:
 
 def main() -> None:
     """The command."""
+    keep_memory()
     config = jsonargparse.auto_cli(TargetTraining, as_positional=False)
     target, done = train_target(config)
     if done:
