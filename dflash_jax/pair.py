@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dflash_jax.checkpoints.load import load_drafter, load_target
+from dflash_jax.checkpoints import load_drafter, load_target
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter

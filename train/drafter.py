@@ -16,8 +16,7 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
-from dflash_jax.checkpoints.load import load_target
-from dflash_jax.checkpoints.save import save_drafter
+from dflash_jax.checkpoints import load_target, save_drafter
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target

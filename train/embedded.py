@@ -13,8 +13,7 @@ import jsonargparse
 from rich import print
 
 import dflash_jax
-from dflash_jax.checkpoints.load import load_target
-from dflash_jax.checkpoints.save import save_drafter, save_target
+from dflash_jax.checkpoints import load_target, save_drafter, save_target
 from dflash_jax.errors import InputError
 from train import corpus
 from train.drafter import DrafterArchitecture, DrafterTraining, corpus_responses, train_drafter

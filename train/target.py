@@ -12,7 +12,7 @@ import jsonargparse
 import numpy as np
 from flax import nnx
 
-from dflash_jax.checkpoints.save import save_target
+from dflash_jax.checkpoints import save_target
 from dflash_jax.config import GatedDeltaConfig, MoeConfig, RopeConfig, TargetConfig
 from dflash_jax.models.target import Target
 from train import corpus, losses
