@@ -20,6 +20,8 @@ from dflash_jax.checkpoints import load_target, save_drafter
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
+from dflash_jax.pair import Pair
+from dflash_jax.text import Tokenizer
 from train import corpus, losses
 from train.anchors import Blocks, cut_blocks, decay, sample_anchors
 from train.blocks import block_hidden
@@ -227,19 +229,19 @@ def corpus_responses(
     target: Target, tokenizer: PreTrainedTokenizerBase, config: RegenerateConfig, held_out: int, folder: Path
 ) -> tuple[Responses, Responses]:
     """Responses to prompts from the training documents, and greedy ones to prompts from the held-out documents."""
-    end = tokenizer.eos_token_id
     starts = np.array(["\n" in tokenizer.decode([token]) for token in range(len(tokenizer))])
     seen, unseen = ([np.asarray(tokenizer(d.text)["input_ids"]) for d in part] for part in corpus.split())
     few = dataclasses.replace(config, count=held_out, batch=min(config.batch, held_out), sampled=0.0)
-    data = regenerate(target, seen, starts, end, config, folder / "train")
-    return data, regenerate(target, unseen, starts, end, few, folder / "held_out")
+    pair = Pair(target, None, Tokenizer(None, folder, target.config.vocab_size))
+    data = regenerate(pair, seen, starts, config, folder / "train")
+    return data, regenerate(pair, unseen, starts, few, folder / "held_out")
 
 
 def main() -> None:
     """The command."""
     keep_memory()
     config = jsonargparse.auto_cli(DrafterRun, as_positional=False)
-    target = load_target(config.target, dtype=jnp.float32)
+    _, target = load_target(config.target, jnp.float32)
     tokenizer = load_tokenizer(config.tokenizer)
     held_out = config.training.held_out
     data = corpus_responses(target, tokenizer, config.responses, held_out, config.out / "responses")

@@ -75,7 +75,7 @@ def run_target(config: TargetTraining) -> None:
 
 def run_drafter(config: EmbeddedPair) -> None:
     """Lets the target write responses and trains the drafter on them."""
-    frozen = load_target(config.target.out / "model", dtype=jnp.float32)
+    _, frozen = load_target(config.target.out / "model", jnp.float32)
     tokenizer = load_or_train(config.target.tokenizer_folder, ())
     data = corpus_responses(
         frozen, tokenizer, config.responses, config.drafter.held_out, config.drafter_out / "responses"
@@ -98,7 +98,8 @@ def main() -> None:
     config = jsonargparse.auto_cli(EmbeddedPair, as_positional=False)
     folder = config.folder
     run_target(config.target)
-    save_target(load_target(config.target.out / "model", dtype=jnp.float32), folder / "target", jnp.bfloat16)
+    _, trained = load_target(config.target.out / "model", jnp.float32)
+    save_target(trained, folder / "target", jnp.bfloat16)
     run_drafter(config)
     save_tokenizer(load_or_train(config.target.tokenizer_folder, ()), folder / "tokenizer")
     write_prompts(folder / "prompts.jsonl", config.prompts)

@@ -4,21 +4,16 @@
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.progress
-from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Int
 
-from dflash_jax.cache import TargetCache
-from dflash_jax.models.target import Target
+import dflash_jax
+from dflash_jax.pair import Pair
 from train.data import generator
-from train.step import Pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,92 +62,58 @@ class Responses:
         part.rename(path)
 
     @classmethod
-    def load(cls, paths: Sequence[Path]) -> "Responses":
-        """The files' rows one after the other."""
+    def build(cls, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> "Responses":
+        """From sequences of any length, of which the first `prompts[b]` tokens are the prompt."""
+        tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        for into, row in zip(tokens, rows, strict=True):
+            into[: len(row)] = row
+        return cls(tokens, np.asarray(prompts, np.int32), np.array([len(row) for row in rows], np.int32))
+
+    @classmethod
+    def load(cls, paths: Sequence[Path], length: int) -> "Responses":
+        """The files' rows one after the other, padded to `length`."""
         files = [np.load(path) for path in paths]
-        return cls(**{f.name: np.concatenate([file[f.name] for file in files]) for f in dataclasses.fields(cls)})
+        tokens = [np.pad(file["tokens"], ((0, 0), (0, length - file["tokens"].shape[1]))) for file in files]
+        prompts, lengths = ([file[name] for file in files] for name in ("prompts", "lengths"))
+        return cls(np.concatenate(tokens), np.concatenate(prompts), np.concatenate(lengths))
 
 
-def cut_prompts(documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig) -> tuple[np.ndarray, np.ndarray]:
-    """`count` prompts [n, longest] and their lengths. `starts[id]` says whether token `id` begins a line."""
+def cut_prompts(documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig) -> list[list[int]]:
+    """`count` prompts that begin at lines; `starts[id]` says whether token `id` ends with a line's beginning."""
     rng = generator(config.seed, 2)
     sizes = np.array([len(document) for document in documents], float)
-    prompts = np.zeros((config.count, config.longest), np.int32)
+    chosen = rng.choice(len(documents), config.count, p=sizes / sizes.sum())
     lengths = rng.integers(config.shortest, config.longest + 1, config.count)
-    for row, (document, length) in enumerate(zip(rng.choice(len(documents), config.count, p=sizes / sizes.sum()), lengths)):
-        tokens = documents[document]
-        lines = np.flatnonzero(starts[tokens[: max(1, len(tokens) - config.longest)]])
-        first = int(rng.choice(lines)) + 1 if len(lines) else 0
-        cut = tokens[first : first + length]
-        lengths[row] = len(cut)
-        prompts[row, : len(cut)] = cut
-    return prompts, lengths.astype(np.int32)
+    prompts = []
+    for tokens, length in zip((documents[i] for i in chosen), lengths, strict=True):
+        breaks = np.flatnonzero(starts[tokens[: max(0, len(tokens) - config.longest)]])
+        first = int(rng.choice(breaks)) + 1 if len(breaks) else 0
+        prompts.append(tokens[first : first + length].tolist())
+    return prompts
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "response", "end"))
-def decode(
-    params: Pytree,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    temperature: Float[Array, "B"],
-    key: Key[Array, ""],
-    *,
-    graph: nnx.GraphDef,
-    response: int,
-    end: int,
-) -> Int[Array, "B response"]:
-    """Plain decoding, all rows in step: greedy where the temperature is 0. Behind the end token a row repeats it."""
-    model = nnx.merge(graph, params)
-    rows, longest = prompts.shape
-    cache = TargetCache.empty(model.config, rows, longest + response, 1, model.embed.embedding.dtype)
-    out, cache = model.prefill(prompts, lengths, cache)
-    last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, 1)[:, 0]
-
-    def choose(hidden: Array, key: Array) -> Array:
-        logits = model.head(hidden)
-        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)[:, None])
-        return jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
-
-    def step(carry: tuple[Array, TargetCache], key: Array) -> tuple[tuple[Array, TargetCache], Array]:
-        token, cache = carry
-        out = model.verify(token[:, None], cache)
-        cache = cache.commit(out.layers, jnp.ones(rows, jnp.int32))
-        following = jnp.where(token == end, end, choose(out.hidden[:, 0], key))
-        return (following, cache), token
-
-    keys = jax.random.split(key, response + 1)
-    _, tokens = jax.lax.scan(step, (choose(last, keys[0]), cache), keys[1:])
-    return tokens.T
-
-
-def assemble(prompts: np.ndarray, lengths: np.ndarray, responses: np.ndarray, end: int) -> Responses:
-    """Each response right behind its prompt, up to and including its first end token."""
-    finished = responses == end
-    size = np.where(finished.any(1), finished.argmax(1) + 1, responses.shape[1])
-    tokens = np.pad(prompts, ((0, 0), (0, responses.shape[1])))
-    for row, (length, count) in enumerate(zip(lengths, size, strict=True)):
-        tokens[row, length : length + count] = responses[row, :count]
-    return Responses(tokens, lengths.astype(np.int32), (lengths + size).astype(np.int32))
+def write_responses(pair: Pair, prompts: list[list[int]], temperature: np.ndarray, seed: int, length: int) -> Responses:
+    """One batch of plain decoding; each response lies right behind its prompt."""
+    seeds = generator(seed, 3).integers(2**32, size=len(prompts), dtype=np.uint32)
+    made = dflash_jax.generate(
+        pair, prompts, max_new_tokens=length, temperature=temperature.tolist(), seed=seeds.tolist(), draft=False
+    )
+    rows = [[*prompt, *generation.tokens] for prompt, generation in zip(prompts, made, strict=True)]
+    return Responses.build(rows, [len(prompt) for prompt in prompts])
 
 
 def regenerate(
-    target: Target, documents: Sequence[np.ndarray], starts: np.ndarray, end: int, config: RegenerateConfig, folder: Path
+    pair: Pair, documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig, folder: Path
 ) -> Responses:
     """All responses; one file a batch, so that a stopped run goes on where it was."""
     folder.mkdir(parents=True, exist_ok=True)
-    prompts, lengths = cut_prompts(documents, starts, config)
-    graph, params = nnx.split(target)
-    firsts = range(0, config.count, config.batch)
-    paths = [folder / f"{first:06d}.npz" for first in firsts]
-    for first, path in rich.progress.track(list(zip(firsts, paths, strict=True)), "responses"):
-        if path.exists():
+    prompts = cut_prompts(documents, starts, config)
+    paths = []
+    for first in rich.progress.track(range(0, config.count, config.batch), "responses"):
+        paths.append(folder / f"{first:06d}.npz")
+        if paths[-1].exists():
             continue
-        rows = slice(first, first + config.batch)
-        size = len(lengths[rows])
-        temperature = (np.arange(size) < round(config.sampled * size)).astype(np.float32)
-        key = jax.random.fold_in(jax.random.key(config.seed), first)
-        made = decode(
-            params, prompts[rows], lengths[rows], temperature, key, graph=graph, response=config.response, end=end
-        )
-        assemble(prompts[rows], lengths[rows], np.asarray(made), end).save(path)
-    return Responses.load(paths)
+        batch = prompts[first : first + config.batch]
+        temperature = (np.arange(len(batch)) < round(config.sampled * len(batch))).astype(float)
+        write_responses(pair, batch, temperature, config.seed + first, config.response).save(paths[-1])
+    return Responses.load(paths, config.longest + config.response)
