@@ -9,6 +9,7 @@ from flax import nnx
 from dflash_jax.cache import DrafterCache
 from dflash_jax.config import DrafterConfig, RopeConfig
 from dflash_jax.models.drafter import Drafter
+from tests.train import tiny
 from train.blocks import block_hidden
 
 DIM, ROWS, LENGTH = 16, 4, 20
@@ -21,12 +22,7 @@ def drafter(kind: str, causal: bool, **extra) -> Drafter:
         layer_types=(kind,) * 2, causal=(causal,) * 2, sliding_window=6 if kind == "sliding_attention" else None,
         rope=RopeConfig(theta=1e4, dim=8), block_size=ROWS, mask_token_id=1, tap_ids=(0, 1), num_target_layers=4, **extra,
     )  # fmt: skip
-    model = Drafter(config, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    scaled = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, scaled))
+    return tiny.noisy(Drafter(config, rngs=nnx.Rngs(0)))
 
 
 def inputs() -> tuple[jax.Array, jax.Array]:

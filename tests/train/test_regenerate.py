@@ -8,20 +8,16 @@ from flax import nnx
 from dflash_jax.models.target import Target
 from dflash_jax.pair import Pair
 from dflash_jax.text import Tokenizer
+from tests.train import tiny
 from train.regenerate import RegenerateConfig, Responses, cut_prompts, regenerate, write_responses
-from train.target import Architecture
 
-TINY = Architecture(
-    hidden_size=16, periods=1, period=2, num_heads=2, num_kv_heads=1, head_dim=8, delta_k_heads=1, delta_v_heads=2,
-    delta_head_dim=8, num_experts=4, expert_size=8, shared_expert_size=8,
-)  # fmt: skip
 VOCAB, END, LINE = 24, 0, 3
 CONFIG = RegenerateConfig(count=8, shortest=4, longest=9, response=7, sampled=0.5, batch=4)
 
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    target = Target(TINY.target_config(VOCAB, END), rngs=nnx.Rngs(1))
+    target = Target(tiny.TARGET.target_config(VOCAB, END), rngs=nnx.Rngs(1))
     return Pair(target, None, Tokenizer(None, Path(), VOCAB))
 
 
