@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Tests, generated tables and programs that are no ordinary library code.
-EXCLUDED_FOLDERS = frozenset(
-    ["test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "turtledemo", "__phello__", "ensurepip"]
-)
+EXCLUDED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"} | {
+    "encodings", "pydoc_data", "turtledemo", "__phello__", "ensurepip",
+}  # fmt: skip
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-", "__hello__", "__phello__", "this.py", "antigravity.py")
 
 # Never trained on: the demo's prompts and the held-out loss come from these modules.
-HELD_OUT = frozenset(
-    ["bisect.py", "calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "http/cookies.py", "json/decoder.py", "logging/handlers.py", "queue.py", "shlex.py", "statistics.py", "string.py", "textwrap.py", "tomllib/_parser.py", "urllib/robotparser.py", "wsgiref/headers.py", "zipapp.py"]
-)
+HELD_OUT = {
+    "bisect.py", "calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "http/cookies.py",
+    "json/decoder.py", "logging/handlers.py", "queue.py", "shlex.py", "statistics.py", "string.py", "textwrap.py",
+    "tomllib/_parser.py", "urllib/robotparser.py", "wsgiref/headers.py", "zipapp.py",
+}  # fmt: skip
 
 LICENCE_NOTE = """The models in this folder were trained on the source files of the Python standard library, which are
-Copyright (c) 2001 Python Software Foundation; All Rights Reserved, and are licensed under the Python Software Foundation
-License Version 2 (https://docs.python.org/3/license.html). prompts.jsonl quotes parts of those files.
+Copyright (c) 2001 Python Software Foundation; All Rights Reserved, and are licensed under the Python Software
+Foundation License Version 2 (https://docs.python.org/3/license.html). prompts.jsonl quotes parts of those files.
 """
 
 
@@ -33,6 +35,7 @@ class Document:
 
 
 def library_root() -> Path:
+    """Where the standard library's sources lie on this machine."""
     return Path(sysconfig.get_path("stdlib"))
 
 

@@ -16,11 +16,13 @@ def pack(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> np.ndarray
 
 
 def generator(*seed: int) -> np.random.Generator:
+    """Random numbers that depend on these seeds alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `count` items in this epoch."""
     return generator(seed, epoch).permutation(count)
 
 

@@ -1,7 +1,7 @@
-"""Trains a DFlash drafter for a frozen target: `python -m train.drafter --out runs/drafter --target runs/target/model ...`.
+"""Trains a DFlash drafter for a frozen target: `python -m train.drafter --target runs/target/model ...`.
 
-The story: responses of the target -> taps of the frozen target -> random anchors -> blocks in one pass -> decayed cross-entropy.
-Source of the method: arXiv 2602.06036.
+The story: responses of the target -> taps of the frozen target -> random anchors -> blocks in one pass -> decayed
+cross-entropy. Source of the method: arXiv 2602.06036.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import jsonargparse
 import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
@@ -25,9 +24,9 @@ from dflash_jax.text import Tokenizer
 from train import corpus, losses
 from train.anchors import Blocks, cut_blocks, decay, sample_anchors
 from train.blocks import block_hidden
+from train.command import command
 from train.data import shuffled
 from train.loop import LoopConfig, Task, run
-from train.memory import keep_memory
 from train.regenerate import RegenerateConfig, Responses, regenerate
 from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
 from train.tokenizer import load_tokenizer
@@ -93,9 +92,9 @@ class DrafterTraining:
         seed: of the initialisation, the order of the data and the anchors
     """
 
-    architecture: DrafterArchitecture = DrafterArchitecture()
-    loop: LoopConfig = LoopConfig(steps=3000)
-    optimizer: OptimizerConfig = OptimizerConfig()
+    architecture: DrafterArchitecture = dataclasses.field(default_factory=DrafterArchitecture)
+    loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(steps=3000))
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     batch: int = 8
     anchors: int = 48
     loss: Literal["decay", "pace"] = "decay"
@@ -161,7 +160,7 @@ def batches(responses: Responses, size: int, seed: int):
     """step -> batch, every sequence once an epoch."""
     mask = responses.loss_mask()
 
-    def batch(step: int) -> dict[str, np.ndarray]:
+    def batch(step: int) -> dict[str, np.ndarray | np.uint32]:
         rows = [item for _, item in shuffled(len(responses), size, seed, step)]
         return {"tokens": responses.tokens[rows], "mask": mask[rows], "step": np.uint32(step)}
 
@@ -211,18 +210,18 @@ class DrafterRun:
     """Lets a target write responses to prompts from the Python standard library, and trains a drafter on them.
 
     Args:
-        out: folder for responses, checkpoints, the log and, when all steps are done, the exported drafter in out/model
         target: folder of the target's checkpoint
         tokenizer: folder of the tokenizer, which has to have a mask token
+        out: folder for responses, checkpoints, the log and, when all steps are done, the exported drafter in out/model
         responses: what the target writes
         training: the drafter and how it is trained
     """
 
-    out: Path
     target: Path
     tokenizer: Path
-    responses: RegenerateConfig = RegenerateConfig()
-    training: DrafterTraining = DrafterTraining()
+    out: Path = Path("runs/drafter")
+    responses: RegenerateConfig = dataclasses.field(default_factory=RegenerateConfig)
+    training: DrafterTraining = dataclasses.field(default_factory=DrafterTraining)
 
 
 def corpus_responses(
@@ -237,10 +236,8 @@ def corpus_responses(
     return data, regenerate(pair, unseen, starts, few, folder / "held_out")
 
 
-def main() -> None:
+def main(config: DrafterRun) -> None:
     """The command."""
-    keep_memory()
-    config = jsonargparse.auto_cli(DrafterRun, as_positional=False)
     _, target = load_target(config.target, jnp.float32)
     tokenizer = load_tokenizer(config.tokenizer)
     held_out = config.training.held_out
@@ -251,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(DrafterRun, main)

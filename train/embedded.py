@@ -1,7 +1,7 @@
 """Makes the embedded pair, stage by stage: `python -m train.embedded`. A stopped run goes on where it was.
 
-tokenizer -> target -> responses of the target -> drafter -> export to dflash_jax/embedded. The seeds are fixed; the corpus is
-the standard library of the Python that runs this, so another version of Python gives another pair.
+tokenizer -> target -> responses of the target -> drafter -> export to dflash_jax/embedded. The seeds are fixed; the
+corpus is the standard library of the Python that runs this, so another version of Python gives another pair.
 """
 
 import dataclasses
@@ -9,16 +9,15 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
-import jsonargparse
 from rich import print
 
 import dflash_jax
 from dflash_jax.checkpoints import load_target, save_drafter, save_target
 from dflash_jax.errors import InputError
 from train import corpus
+from train.command import command
 from train.drafter import DrafterArchitecture, DrafterTraining, corpus_responses, train_drafter
 from train.loop import LoopConfig
-from train.memory import keep_memory
 from train.regenerate import RegenerateConfig
 from train.target import Architecture, TargetTraining, train_target
 from train.tokenizer import load_or_train, save_tokenizer
@@ -56,9 +55,9 @@ class EmbeddedPair:
         prompts: held-out prompts to put beside it
     """
 
-    target: TargetTraining = default_target()
-    responses: RegenerateConfig = RegenerateConfig()
-    drafter: DrafterTraining = default_drafter()
+    target: TargetTraining = dataclasses.field(default_factory=default_target)
+    responses: RegenerateConfig = dataclasses.field(default_factory=RegenerateConfig)
+    drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
     drafter_out: Path = Path("runs/embedded/drafter")
     folder: Path = Path(dflash_jax.__file__).parent / "embedded"
     prompts: int = 40
@@ -92,10 +91,8 @@ def write_prompts(path: Path, count: int) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def main() -> None:
+def main(config: EmbeddedPair) -> None:
     """The command."""
-    keep_memory()
-    config = jsonargparse.auto_cli(EmbeddedPair, as_positional=False)
     folder = config.folder
     run_target(config.target)
     _, trained = load_target(config.target.out / "model", jnp.float32)
@@ -111,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(EmbeddedPair, main)

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from orbax.checkpoint import v1 as ocp
 
 from dflash_jax.errors import InputError
 from train.step import Metrics, Pytree, TrainState
+
+Values = Mapping[str, float | list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +45,15 @@ class Task:
     step: Callable[[TrainState, Pytree, Pytree], tuple[TrainState, Metrics]]
     frozen: Pytree
     batch: Callable[[int], Pytree]
-    evaluate: Callable[[TrainState], dict[str, float]]
+    evaluate: Callable[[TrainState], Values]
     tokens_per_step: int
 
 
 def checkpointer(folder: Path) -> ocp.training.Checkpointer:
+    """Keeps the last two checkpoints, each whole or absent."""
     return ocp.training.Checkpointer(
-        folder.absolute() / "checkpoints",
-        preservation_policy=ocp.training.preservation_policies.LatestN(2),
+        str(folder.absolute() / "checkpoints"),
+        preservation_policy=ocp.training.preservation_policies.LatestN(2),  # pyrefly: ignore
     )
 
 
@@ -59,10 +63,10 @@ def restore(checkpoints: ocp.training.Checkpointer, state: TrainState) -> TrainS
         return state
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     try:
-        return checkpoints.load(checkpoints.latest, abstract)
+        return cast(TrainState, checkpoints.load(checkpoints.latest, abstract))
     except (ValueError, KeyError) as error:
         raise InputError(
-            f"the checkpoints in {checkpoints.directory} are of another model or optimiser; give a new folder with --out"
+            f"the checkpoints in {checkpoints.directory} are of another model or optimiser; give a new folder"
         ) from error
 
 
@@ -74,12 +78,12 @@ class Log:
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
         self.path = path
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Values) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def mean(metrics: list[Metrics]) -> dict[str, float | list[float]]:
+def mean(metrics: list[Metrics]) -> Values:
     """Waits for the device; means over steps, in float64 so that they do not depend on the order."""
     host = jax.device_get(metrics)
     return {name: np.mean([m[name] for m in host], axis=0, dtype=np.float64).tolist() for name in host[0]}
@@ -87,6 +91,7 @@ def mean(metrics: list[Metrics]) -> dict[str, float | list[float]]:
 
 @contextlib.contextmanager
 def progress(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar, moved by calling it with a step and a text."""
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -100,6 +105,7 @@ def progress(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
 
 
 def describe(values: dict) -> str:
+    """The single numbers among the metrics, for the bar."""
     return " ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
 
 
@@ -130,9 +136,8 @@ def _steps(state, task: Task, config: LoopConfig, checkpoints, log: Log, show, d
         pending.append(metrics)
         last = step == config.steps
         if last or step % config.log_every == 0:
-            values = mean(pending)
-            now = time.monotonic()
-            values["tokens_per_second"] = len(pending) * task.tokens_per_step / (now - since)
+            values, now = mean(pending), time.monotonic()  # the mean waits for the device
+            values = {**values, "tokens_per_second": len(pending) * task.tokens_per_step / (now - since)}
             log.write(step, values)
             show(step, describe(values))
             pending, since, last = [], now, last or now > deadline

@@ -47,8 +47,8 @@ def weighted_mean(values: Float[Array, "*n"], weights: Float[Array, "*n"]) -> Fl
 def pace_weights(nll: Float[Array, "*n W"], counts: Float[Array, "*n W"]) -> Float[Array, "*n W"]:
     """D-PACE: a row weighs as much as the acceptance length that still depends on it.
 
-    With q = exp(-nll) and s = (q + 1) / 2, the chance to get as far as row m is P_m = s_1 ... s_m, and row j weighs the sum of
-    P_m over m >= j. `counts` is 1 where a row is judged; row 0 never is. No gradient flows through the weights.
+    With q = exp(-nll) and s = (q + 1) / 2, the chance to get as far as row m is P_m = s_1 ... s_m, and row j weighs the
+    sum of P_m over m >= j. `counts` is 1 where a row is judged; row 0 never is. No gradient flows through the weights.
     """
     likely = jnp.where(counts > 0, 0.5 * jnp.exp(-nll) + 0.5, 1.0)
     reached = jnp.cumprod(likely, -1) * counts

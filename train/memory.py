@@ -8,8 +8,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed memory. A step on the CPU allocates gigabytes of temporaries; faulting them in anew each
-    time takes longer than the arithmetic (measured on the embedded target, two cores: 5.9 s a step without, 2.3 s with).
+    """Tell glibc to keep freed memory.
+
+    A step on the CPU allocates gigabytes of temporaries, and faulting them in anew each time takes longer than the
+    arithmetic (measured on the embedded target, two busy cores: 5.9 s a step without, 2.3 s with).
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -41,7 +41,7 @@ class RegenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """Prompts and what the target made of them: row b is a prompt up to `prompts[b]` and a response up to `lengths[b]`."""
+    """Prompts and what the target made of them: a row is prompt up to `prompts[b]`, response up to `lengths[b]`."""
 
     tokens: Int[np.ndarray, "n T"]
     prompts: Int[np.ndarray, "n"]

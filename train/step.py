@@ -40,12 +40,15 @@ class OptimizerConfig:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "optimizer", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
+    """All that a checkpoint holds."""
+
     params: Pytree
     optimizer: Pytree
     step: Int[Array, ""]
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Warm-up and cosine over `steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -62,6 +65,7 @@ def is_matrix(path: tuple, leaf: jax.Array) -> bool:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipped AdamW."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
@@ -75,6 +79,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def init_state(params: Pytree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0."""
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 

@@ -1,6 +1,7 @@
 """Trains a small target language model: `python -m train.target --out runs/target`.
 
-The story: corpus -> tokens -> windows -> steps -> an exported checkpoint. Everything depends on the configuration and its seed alone.
+The story: corpus -> tokens -> windows -> steps -> an exported checkpoint. Everything depends on the configuration and
+its seed alone.
 """
 
 import dataclasses
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jsonargparse
 import numpy as np
 from flax import nnx
 
@@ -16,9 +16,9 @@ from dflash_jax.checkpoints import save_target
 from dflash_jax.config import GatedDeltaConfig, MoeConfig, RopeConfig, TargetConfig
 from dflash_jax.models.target import Target
 from train import corpus, losses
+from train.command import command
 from train.data import PackedWindows, fixed_windows, pack
 from train.loop import LoopConfig, Task, run
-from train.memory import keep_memory
 from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
 from train.tokenizer import VOCAB_SIZE, load_or_train
 
@@ -97,9 +97,9 @@ class TargetTraining:
     out: Path = Path("runs/target")
     tokenizer: Path | None = None
     vocab_size: int = VOCAB_SIZE
-    architecture: Architecture = Architecture()
-    loop: LoopConfig = LoopConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    architecture: Architecture = dataclasses.field(default_factory=Architecture)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     sequence: int = 512
     batch: int = 16
     held_out: int = 32
@@ -169,14 +169,12 @@ def train_target(config: TargetTraining) -> tuple[Target, bool]:
     return nnx.merge(graph, state.params), int(state.step) == config.loop.steps
 
 
-def main() -> None:
+def main(config: TargetTraining) -> None:
     """The command."""
-    keep_memory()
-    config = jsonargparse.auto_cli(TargetTraining, as_positional=False)
     target, done = train_target(config)
     if done:
         save_target(target, config.out / "model")
 
 
 if __name__ == "__main__":
-    main()
+    command(TargetTraining, main)

@@ -10,7 +10,7 @@ END = "<|endoftext|>"
 MASK = "<|mask|>"
 VOCAB_SIZE = 2048
 
-# A line break keeps the indentation that follows it: both together are one token, and the word after it has no leading space.
+# A line break keeps the indentation that follows it, so that both are one token and the next word has no leading space.
 PIECES = r"[\r\n]+[ \t]*| ?[\p{L}_]+| ?\p{N}| ?[^\s\p{L}\p{N}_]+|\s+?(?= ?\S)|\s+"
 
 

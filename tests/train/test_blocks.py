@@ -20,7 +20,8 @@ def drafter(kind: str, causal: bool, **extra) -> Drafter:
     config = DrafterConfig(
         vocab_size=32, hidden_size=DIM, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
         layer_types=(kind,) * 2, causal=(causal,) * 2, sliding_window=6 if kind == "sliding_attention" else None,
-        rope=RopeConfig(theta=1e4, dim=8), block_size=ROWS, mask_token_id=1, tap_ids=(0, 1), num_target_layers=4, **extra,
+        rope=RopeConfig(theta=1e4, dim=8), block_size=ROWS, mask_token_id=1, tap_ids=(0, 1), num_target_layers=4,
+        **extra,
     )  # fmt: skip
     return tiny.noisy(Drafter(config, rngs=nnx.Rngs(0)))
 
@@ -53,7 +54,7 @@ def test_training_blocks_equal_serving_blocks(kind, causal, extra):
 
 @pytest.mark.parametrize(("kind", "causal", "extra"), KINDS[:2])
 def test_no_block_sees_context_at_or_after_its_anchor(kind, causal, extra):
-    """The visible-anchor leak: features at the anchor's own position already know the token the block has to predict."""
+    """The visible-anchor leak: features at the anchor's own position know the token that the block has to predict."""
     model, (embedded, taps) = drafter(kind, causal, **extra), inputs()
 
     @jax.jit

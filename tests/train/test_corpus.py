@@ -5,13 +5,14 @@ import pytest
 from train import corpus
 
 LONG = "".join(f"    x = {i}\n" for i in range(20))
+DEEPER = LONG.replace("    ", "        ")
 
 
 @pytest.fixture
 def library(tmp_path) -> Path:
     files = {
         "argparse.py": "import os\n",
-        "heapq.py": f"def push(heap):\n{LONG}\nclass Heap(list):\n    @property\n    def top(self):\n{LONG.replace('    ', '        ')}",
+        "heapq.py": f"def push(heap):\n{LONG}\nclass Heap(list):\n    @property\n    def top(self):\n{DEEPER}",
         "json/decoder.py": f"def scan():\n{LONG}",
         "test/test_os.py": "x = 1\n",
         "unittest/test/case.py": "x = 1\n",

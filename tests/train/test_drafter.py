@@ -54,7 +54,9 @@ def responses(count: int, seed: int = 0) -> Responses:
     return Responses.build(rng.integers(0, VOCAB, (count, 30)).tolist(), rng.integers(2, 10, count).tolist())
 
 
-@pytest.mark.parametrize(("layers", "count", "expected"), [(8, 3, (1, 3, 5)), (36, 5, (1, 9, 17, 25, 33)), (8, 1, (4,))])
+@pytest.mark.parametrize(
+    ("layers", "count", "expected"), [(8, 3, (1, 3, 5)), (36, 5, (1, 9, 17, 25, 33)), (8, 1, (4,))]
+)
 def test_taps_are_spread_and_leave_the_last_layer_out(layers, count, expected):
     assert tap_ids(layers, count) == expected
 

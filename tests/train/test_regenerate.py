@@ -35,7 +35,9 @@ def test_greedy_responses_are_the_argmax_of_the_whole_sequence(pair):
     best = np.asarray(pair.logits(data.tokens)).argmax(-1)
     for row in range(CONFIG.count):
         response = slice(data.prompts[row], data.lengths[row])
-        np.testing.assert_array_equal(data.tokens[row, response], best[row, data.prompts[row] - 1 : data.lengths[row] - 1])
+        np.testing.assert_array_equal(
+            data.tokens[row, response], best[row, data.prompts[row] - 1 : data.lengths[row] - 1]
+        )
 
 
 def test_prompts_begin_at_lines_and_are_pieces_of_the_documents():

@@ -15,7 +15,6 @@ from train.loop import LoopConfig
 from train.target import TargetTraining, load_balance, train_target
 
 
-
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> TargetTraining:
     documents = tuple(corpus.Document(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 40) for i in range(8))
