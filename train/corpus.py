@@ -9,13 +9,46 @@ from pathlib import Path
 
 # Tests, generated tables and programs that are no ordinary library code.
 EXCLUDED_FOLDERS = frozenset(
-    ["test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "turtledemo", "__phello__", "ensurepip"]
+    [
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "encodings",
+        "pydoc_data",
+        "turtledemo",
+        "__phello__",
+        "ensurepip",
+    ]
 )
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-", "__hello__", "__phello__", "this.py", "antigravity.py")
 
 # Never trained on: the demo's prompts and the held-out loss come from these modules.
 HELD_OUT = frozenset(
-    ["bisect.py", "calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "http/cookies.py", "json/decoder.py", "logging/handlers.py", "queue.py", "shlex.py", "statistics.py", "string.py", "textwrap.py", "tomllib/_parser.py", "urllib/robotparser.py", "wsgiref/headers.py", "zipapp.py"]
+    [
+        "bisect.py",
+        "calendar.py",
+        "colorsys.py",
+        "csv.py",
+        "fractions.py",
+        "graphlib.py",
+        "heapq.py",
+        "http/cookies.py",
+        "json/decoder.py",
+        "logging/handlers.py",
+        "queue.py",
+        "shlex.py",
+        "statistics.py",
+        "string.py",
+        "textwrap.py",
+        "tomllib/_parser.py",
+        "urllib/robotparser.py",
+        "wsgiref/headers.py",
+        "zipapp.py",
+    ]
 )
 
 LICENCE_NOTE = """The models in this folder were trained on the source files of the Python standard library, which are

@@ -73,13 +73,17 @@ class Responses:
         return cls(**{f.name: np.concatenate([file[f.name] for file in files]) for f in dataclasses.fields(cls)})
 
 
-def cut_prompts(documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig) -> tuple[np.ndarray, np.ndarray]:
+def cut_prompts(
+    documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig
+) -> tuple[np.ndarray, np.ndarray]:
     """`count` prompts [n, longest] and their lengths. `starts[id]` says whether token `id` begins a line."""
     rng = generator(config.seed, 2)
     sizes = np.array([len(document) for document in documents], float)
     prompts = np.zeros((config.count, config.longest), np.int32)
     lengths = rng.integers(config.shortest, config.longest + 1, config.count)
-    for row, (document, length) in enumerate(zip(rng.choice(len(documents), config.count, p=sizes / sizes.sum()), lengths)):
+    for row, (document, length) in enumerate(
+        zip(rng.choice(len(documents), config.count, p=sizes / sizes.sum()), lengths)
+    ):
         tokens = documents[document]
         lines = np.flatnonzero(starts[tokens[: max(1, len(tokens) - config.longest)]])
         first = int(rng.choice(lines)) + 1 if len(lines) else 0
@@ -136,7 +140,12 @@ def assemble(prompts: np.ndarray, lengths: np.ndarray, responses: np.ndarray, en
 
 
 def regenerate(
-    target: Target, documents: Sequence[np.ndarray], starts: np.ndarray, end: int, config: RegenerateConfig, folder: Path
+    target: Target,
+    documents: Sequence[np.ndarray],
+    starts: np.ndarray,
+    end: int,
+    config: RegenerateConfig,
+    folder: Path,
 ) -> Responses:
     """All responses; one file a batch, so that a stopped run goes on where it was."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dflash_jax.config import MoeConfig, TargetConfig
+from dflash_jax.config import MoeConfig
 from dflash_jax.models.layers import MLP, linear, swiglu
 
 
@@ -83,8 +83,9 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    def __init__(self, config: TargetConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        moe, dim = config.moe, config.hidden_size
+    """Routed experts, and the shared expert behind its gate where there is one."""
+
+    def __init__(self, dim: int, moe: MoeConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.moe = moe
         self.router = linear(dim, moe.num_experts, bias=moe.bias, dtype=dtype, rngs=rngs)
         self.experts = Experts(dim, moe, dtype=dtype, rngs=rngs)
@@ -108,6 +109,6 @@ class MoE(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         chosen, weights, logits = self.route(rows)
         out = self.experts(rows, chosen, weights)
-        if self.shared is not None:
+        if self.shared is not None and self.shared_gate is not None:
             out = out + jax.nn.sigmoid(self.shared_gate(rows)) * self.shared(rows)
         return out.reshape(x.shape), logits

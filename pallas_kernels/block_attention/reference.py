@@ -55,7 +55,7 @@ def block_attention(
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, G, 1)
     top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
     weights = [jnp.exp(p - top[..., None]) for p in parts]
-    total = sum(w.sum(-1) for w in weights)
+    total = jnp.stack([w.sum(-1) for w in weights]).sum(0)
     total = total if sink is None else total + jnp.exp(sink - top)
 
     def weighted(w: Array, v: Array) -> Array:

@@ -36,14 +36,14 @@ def test_greedy_responses_are_the_argmax_of_the_whole_sequence(target):
     prompts, lengths = cut_prompts(documents(), starts(), CONFIG)
     graph, params = nnx.split(target)
     greedy = jnp.zeros(CONFIG.count)
-    made = decode(
-        params, prompts, lengths, greedy, jax.random.key(0), graph=graph, response=CONFIG.response, end=END
-    )
+    made = decode(params, prompts, lengths, greedy, jax.random.key(0), graph=graph, response=CONFIG.response, end=END)
     data = assemble(prompts, lengths, np.asarray(made), END)
     best = np.asarray(target.head(target.sequence(jnp.asarray(data.tokens)).hidden)).argmax(-1)
     for row in range(CONFIG.count):
         response = slice(data.prompts[row], data.lengths[row])
-        np.testing.assert_array_equal(data.tokens[row, response], best[row, data.prompts[row] - 1 : data.lengths[row] - 1])
+        np.testing.assert_array_equal(
+            data.tokens[row, response], best[row, data.prompts[row] - 1 : data.lengths[row] - 1]
+        )
 
 
 def test_prompts_begin_at_lines_and_are_pieces_of_the_documents():
