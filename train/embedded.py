@@ -33,7 +33,7 @@ def default_target() -> TargetTraining:
         architecture=Architecture(
             hidden_size=256, head_dim=64, delta_head_dim=64, num_experts=4, expert_size=64, shared_expert_size=128
         ),
-        loop=LoopConfig(steps=1400),
+        loop=LoopConfig(steps=1000),
         batch=8,
     )
 

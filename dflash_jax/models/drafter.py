@@ -166,7 +166,11 @@ class StackedKeyValues(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((layers, 2, width), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "L B T 2 KH"]:
-        out = jnp.einsum("btd,ldcw->lbtcw", x, self.kernel[...].astype(x.dtype))
+        kernel = self.kernel[...].astype(x.dtype)
+        layers, dim = kernel.shape[:2]
+        # One batched product. Without the barrier XLA turns the kernels round in every call to make a plain one of it.
+        rows = jax.lax.optimization_barrier(jnp.broadcast_to(x.reshape(-1, dim), (layers, x.shape[0] * x.shape[1], dim)))
+        out = jnp.matmul(rows, kernel.reshape(layers, dim, -1)).reshape(layers, *x.shape[:-1], *kernel.shape[2:])
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)[:, None, None]
 
     def of_layer(self, i: int, x: Float[Array, "... D"]) -> Float[Array, "... 2 KH"]:
