@@ -1,16 +1,17 @@
 """What is remembered of committed tokens: pytrees with append, commit and nothing to roll back.
 
-Rows past the committed length do not exist: they are never read, and rejecting a row is not writing it. Recurrent layers
-keep the accepted rows of the last block as pending, and fold them into the state in the next forward.
+Rows past the committed length do not exist: they are never read, and rejecting a row is not writing it. Recurrent
+layers keep the accepted rows of the last block as pending, and fold them into the state in the next forward.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.config import DrafterConfig, GatedDeltaConfig, TargetConfig
 from pallas_kernels.gated_delta import Pending, Rows
 
 
@@ -56,15 +57,14 @@ class DeferredRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Recurrence:
-    """State of one gated delta layer: the matrix, the convolution's last inputs, and what is accepted but not folded."""
+    """State of one gated delta layer: the matrix, the convolution's last inputs, and rows accepted but not folded."""
 
     state: Float[Array, "B Hv Dk Dv"]
     conv: Float[Array, "B 3 Hk C"]
     pending: Pending
 
     @classmethod
-    def empty(cls, config: TargetConfig, batch: int, rows: int, dtype: jnp.dtype) -> "Recurrence":
-        c = config.gated_delta
+    def empty(cls, c: GatedDeltaConfig, batch: int, rows: int, dtype: jnp.dtype) -> "Recurrence":
         channels = 2 * c.k_head_dim + c.num_v_heads // c.num_k_heads * c.v_head_dim
         return cls(
             state=jnp.zeros((batch, c.num_v_heads, c.k_head_dim, c.v_head_dim)),
@@ -102,14 +102,17 @@ class TargetCache:
         """For `capacity` tokens a sequence, and blocks of `rows` in the rounds."""
 
         def layer(kind: str) -> KeyValues | Recurrence:
-            if kind == "linear_attention":
-                return Recurrence.empty(config, batch, rows, dtype)
+            if kind == "linear_attention" and config.gated_delta is not None:
+                return Recurrence.empty(config.gated_delta, batch, rows, dtype)
             return KeyValues.empty(batch, config.num_kv_heads, capacity, config.head_dim, dtype)
 
         return cls(jnp.zeros(batch, jnp.int32), tuple(layer(kind) for kind in config.layer_types))
 
-    def commit(self, rows: tuple[KeyValues | DeferredRows, ...], count: Int[Array, "B"]) -> "TargetCache":
-        """Keep the first `count[b]` rows of the block that `Target.verify` ran; the rest never was."""
+    def commit(self, rows: tuple[Any, ...], count: Int[Array, "B"]) -> "TargetCache":
+        """Keep the first `count[b]` rows of the block that `Target.verify` ran; the rest never was.
+
+        `rows` are the forward's layers: `KeyValues` for attention, `DeferredRows` for recurrent layers.
+        """
         layers = (layer.commit(new, self.lengths, count) for layer, new in zip(self.layers, rows, strict=True))
         return TargetCache(self.lengths + count, tuple(layers))
 

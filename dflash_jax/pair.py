@@ -43,16 +43,16 @@ class Pair:
 
         InputError for ids outside the vocabulary, no tokens, or more than the model's positions.
         """
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise InputError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; give integer ids [B, T]")
-        vocab, longest, length = self.target.config.vocab_size, self.target.config.max_position, tokens.shape[1]
-        if tokens.min() < 0 or tokens.max() >= vocab:
-            raise InputError(f"tokens hold ids from {tokens.min()} to {tokens.max()}; ids are 0 to {vocab - 1}")
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"tokens have shape {ids.shape} and dtype {ids.dtype}; give integer ids [B, T]")
+        vocab, longest, length = self.target.config.vocab_size, self.target.config.max_position, ids.shape[1]
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise InputError(f"tokens hold ids from {ids.min()} to {ids.max()}; ids are 0 to {vocab - 1}")
         if longest and length > longest:
             raise InputError(f"tokens are {length} long and the model takes {longest}; give fewer")
         size = max(16, 1 << (length - 1).bit_length())  # few shapes; a causal model does not see what follows
-        padded = np.pad(tokens, ((0, 0), (0, size - length))).astype(np.int32)
+        padded = np.pad(ids, ((0, 0), (0, size - length))).astype(np.int32)
         return _logits(*self.split_target, padded)[:, :length]
 
 
@@ -122,7 +122,7 @@ def check_fit(target: TargetConfig, drafter: DrafterConfig) -> None:
         ("number of target layers", drafter.num_target_layers, target.num_layers),
     ]
     for what, got, want in facts:
-        if got != want:
+        if got not in (want, 0):  # 0: not said
             raise InputError(f"the drafter's {what} is {got} and the target's is {want}; give the target's own drafter")
     last = target.num_layers - 1
     if max(drafter.tap_ids) > last or min(drafter.tap_ids) < 0:

@@ -100,10 +100,11 @@ def generate(
         InputError: an empty or too long prompt, ids outside the vocabulary, or a setting out of its range.
     """
     prompts = as_batch(prompts)
-    settings = dict(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias, seed=seed,
-    )  # fmt: skip
+    settings = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "logit_bias": logit_bias,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed,
+    }  # fmt: skip
     if not prompts:
         return []
     run = _Run(pair, prompts, max_new_tokens, settings, stop, draft, width)

@@ -72,7 +72,7 @@ def _chunk(target: Target, drafter: Drafter | None, prompts: Array, lengths: Arr
     count = jnp.clip(lengths - i * CHUNK, 0, CHUNK)
     taps = () if drafter is None else drafter.config.tap_ids
     out, new = target.prefill(rows, count, cache, tap_ids=taps)
-    if drafter is not None:
+    if drafter is not None and draft_cache is not None:
         draft_cache = draft_cache.commit(drafter.context(out.taps, cache.lengths), cache.lengths, count)
     ends_here = (count > 0) & (lengths <= (i + 1) * CHUNK)
     end = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]

@@ -1,5 +1,6 @@
 """What a round asks the target to verify."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float32, Int32
 from dflash_jax.cache import DrafterCache
 from dflash_jax.decoding.noise import Purpose, gumbel
 from dflash_jax.decoding.sampling import Sampling
-from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.drafter import Drafter, Selector
 from dflash_jax.models.target import Target
 
 
@@ -69,39 +70,49 @@ def propose(
     if drafter.selector is None:
         drafts, candidates = jnp.argmax(logits, -1).astype(anchor.dtype), None
     else:
-        drafts, candidates = select(drafter, anchor, hidden, logits, lengths, sampling)
+        scores, ids = jax.lax.top_k(logits, min(config.selector_top_k, logits.shape[-1]))
+        drafts, candidates = select(drafter.selector, scores, ids, hidden, anchor, lengths, sampling)
     inside = (lengths + width <= config.max_position) | (config.max_position == 0)
     drafts = jnp.where(inside[:, None], drafts, -1)
     return Proposal(jnp.concatenate([anchor[:, None], drafts], 1), candidates)
 
 
 def select(
-    drafter: Drafter,
-    anchor: Int32[Array, " B"],
+    selector: Selector,
+    scores: Float32[Array, "B W-1 C"],
+    ids: Int32[Array, "B W-1 C"],
     hidden: Float32[Array, "B W-1 D"],
-    logits: Float32[Array, "B W-1 V"],
+    anchor: Int32[Array, " B"],
     lengths: Int32[Array, " B"],
     sampling: Sampling | None,
 ) -> tuple[Int32[Array, "B W-1"], Candidates | None]:
-    """DFlash 2: walk the rows' best tokens from the anchor on, each scored by how it follows the one before.
+    """DFlash 2: walk the rows' candidates from the anchor on, each scored by how it follows the one before.
 
     Greedy requests take the best, the others draw at their temperature; then the candidates' probabilities go along.
     """
-    scores, ids = jax.lax.top_k(logits, min(drafter.config.selector_top_k, logits.shape[-1]))
-    random = sampling is not None and sampling.plan.random
-    if random:
-        positions = lengths[:, None] + 1 + jnp.arange(ids.shape[1])
-        noise = gumbel(sampling.seed, positions, ids.shape[-1], Purpose.DRAFT)
-        sampled = (sampling.temperature > 0)[:, None]
-        temperature = jnp.where(sampled, sampling.temperature[:, None], 1.0)
+    choose = _chooser(sampling, lengths[:, None] + 1 + jnp.arange(ids.shape[1]), ids.shape[-1])
     previous, drafts, probs = anchor, [], []
     for row in range(ids.shape[1]):
-        score = scores[:, row] + drafter.selector(previous, ids[:, row], hidden[:, row])
-        choice = jnp.argmax(score, -1)
-        if random:
-            score = score / temperature
-            choice = jnp.where(sampled[:, 0], jnp.argmax(score + noise[:, row], -1), choice)
-            probs.append(jax.nn.softmax(score, -1))
+        score = scores[:, row] + selector(previous, ids[:, row], hidden[:, row])
+        choice, q = choose(score, row)
         previous = jnp.take_along_axis(ids[:, row], choice[:, None], 1)[:, 0].astype(anchor.dtype)
         drafts.append(previous)
+        probs.append(q)
+    random = sampling is not None and sampling.plan.random
     return jnp.stack(drafts, 1), Candidates(ids, jnp.stack(probs, 1)) if random else None
+
+
+def _chooser(sampling: Sampling | None, positions: Array, slots: int) -> Callable[[Array, int], tuple[Array, Array]]:
+    """From a row's scores [B, C] to the chosen slot [B], and the distribution it was drawn from."""
+    if sampling is None or not sampling.plan.random:
+        return lambda score, row: (jnp.argmax(score, -1), score)
+    noise = gumbel(sampling.seed, positions, slots, Purpose.DRAFT)
+    sampled = sampling.temperature > 0
+    temperature = jnp.where(sampled, sampling.temperature, 1.0)[:, None]
+
+    def choose(score: Array, row: int) -> tuple[Array, Array]:
+        warm = score / temperature
+        drawn = jnp.argmax(warm + noise[:, row], -1)
+        return jnp.where(sampled, drawn, jnp.argmax(score, -1)), jax.nn.softmax(warm, -1)
+
+    return choose

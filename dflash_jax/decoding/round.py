@@ -40,7 +40,7 @@ def decode_round(
     """Advance every request that is not finished by 1 to `width` tokens."""
     anchor = jnp.take_along_axis(state.tokens, state.known[:, None] - 1, axis=1)[:, 0]
     with jax.named_scope("propose"):
-        if drafter is None:
+        if drafter is None or state.draft_cache is None:
             proposal = plain_proposal(anchor)
         else:
             proposal = propose(target, drafter, anchor, state.draft_cache, state.cache.lengths, sampling, width)
@@ -60,7 +60,7 @@ def commit(state: DecodeState, drafter: Drafter | None, forward: Forward, accept
     running = ~state.finished
     count = jnp.where(running, accepted.count, 0)
     draft_cache = state.draft_cache
-    if drafter is not None:
+    if drafter is not None and draft_cache is not None:
         context = drafter.context(forward.taps, state.cache.lengths)
         draft_cache = draft_cache.commit(context, state.cache.lengths, count)
     this_round = (jnp.arange(state.counts.shape[1]) == state.rounds[:, None]) & running[:, None]

@@ -61,7 +61,7 @@ class Sampling:
     ) -> "Sampling | None":
         """Check and pack the settings: each a scalar for the whole batch or a sequence of length `batch`.
 
-        Requests with one seed and one prompt get one answer, whatever else is in the batch; give a seed each for several.
+        Requests with one seed and one prompt get one answer, whatever else is in the batch; give each a seed for more.
         `logit_bias` is {token id: bias}, or a sequence of such (or None) a request.
 
         Returns None where every request is greedy without penalties or bias: the rounds then only take an argmax.

@@ -24,6 +24,8 @@ class Place:
 
 
 class Attention(nnx.Module):
+    """One attention layer of a target."""
+
     def __init__(self, config: TargetConfig, kind: str, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         c = self.config = config
         self.window = c.sliding_window if kind == "sliding_attention" else None
@@ -47,7 +49,7 @@ class Attention(nnx.Module):
             q, gate = jnp.split(q, 2, -1)
         k = self.k_proj(x).reshape(B, W, c.num_kv_heads, c.head_dim)
         v = self.v_proj(x).reshape(B, W, c.num_kv_heads, c.head_dim)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, place.rotation), rotate(k, place.rotation)
         out = block_attention(

@@ -1,7 +1,7 @@
 """The block-diffusion drafter: DFlash (arXiv 2602.06036) and DFlash 2.
 
-It has no embedding and no head: it borrows the target's. In every layer the queries come from the block's rows only; keys
-and values come from the context (the target's taps, fused once for all layers) and from the block's rows.
+It has no embedding and no head: it borrows the target's. In every layer the queries come from the block's rows only;
+keys and values come from the context (the target's taps, fused once for all layers) and from the block's rows.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from pallas_kernels.block_attention import block_attention
 
 
 class DynamicConv(nnx.Module):
-    """Two-tap grouped convolution along the block, its taps shifted by the sub-layer's input; identity at initialisation."""
+    """Two-tap grouped convolution along the block, its taps moved by the sub-layer's input; at first the identity."""
 
     def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         dim, self.group = config.hidden_size, config.conv_group_size
@@ -54,6 +54,8 @@ class DrafterAttention(nnx.Module):
 
 
 class DrafterLayer(nnx.Module):
+    """One layer of the drafter, with DFlash 2's convolutions around both sub-layers where configured."""
+
     def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         c = config
         self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
@@ -141,7 +143,7 @@ class Drafter(nnx.Module):
         return self.config.sliding_window if self.config.layer_types[i] == "sliding_attention" else None
 
     def heads(self, i: int, h: Float[Array, "... W D"]) -> tuple[Array, Array, Array]:
-        """Queries [..., W, N, H], keys and values [..., W, K, H] of block rows in layer i, normed and not yet turned."""
+        """Queries [..., W, N, H], keys and values [..., W, K, H] of block rows in layer i, normed, not yet turned."""
         c, attention = self.config, self.layers[i].attention
         q = attention.q_norm(attention.q_proj(h).reshape(*h.shape[:-1], c.num_heads, c.head_dim))
         kv = self.kv_proj.of_layer(i, h).reshape(*h.shape[:-1], 2, c.num_kv_heads, c.head_dim)
@@ -164,7 +166,11 @@ class StackedKeyValues(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((layers, 2, width), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "L B T 2 KH"]:
-        out = jnp.einsum("btd,ldcw->lbtcw", x, self.kernel[...].astype(x.dtype))
+        kernel = self.kernel[...].astype(x.dtype)
+        layers, dim = kernel.shape[:2]
+        # One batched product. Without the barrier XLA turns the kernels round in every call to make a plain one of it.
+        rows = jax.lax.optimization_barrier(jnp.broadcast_to(x.reshape(-1, dim), (layers, x.shape[0] * x.shape[1], dim)))
+        out = jnp.matmul(rows, kernel.reshape(layers, dim, -1)).reshape(layers, *x.shape[:-1], *kernel.shape[2:])
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)[:, None, None]
 
     def of_layer(self, i: int, x: Float[Array, "... D"]) -> Float[Array, "... 2 KH"]:

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dflash_jax.cache import DeferredRows, Recurrence
-from dflash_jax.config import TargetConfig
+from dflash_jax.config import GatedDeltaConfig, TargetConfig
 from dflash_jax.models.attention import Place
 from dflash_jax.models.layers import RMSNorm, linear
 from pallas_kernels.gated_delta import fold, gated_delta_block, gated_delta_prefill
@@ -19,8 +19,8 @@ def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 class GatedDelta(nnx.Module):
     """Columns of `in_proj` and channels of `conv` stand key head by key head, so that heads shard as one axis."""
 
-    def __init__(self, config: TargetConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        c = self.config = config.gated_delta
+    def __init__(self, config: TargetConfig, gated_delta: GatedDeltaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = self.config = gated_delta
         self.ratio = c.num_v_heads // c.num_k_heads
         self.channels = 2 * c.k_head_dim + self.ratio * c.v_head_dim
         columns = c.num_k_heads * (self.channels + self.ratio * c.v_head_dim + 2 * self.ratio)

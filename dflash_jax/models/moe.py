@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dflash_jax.config import MoeConfig, TargetConfig
+from dflash_jax.config import MoeConfig
 from dflash_jax.models.layers import MLP, linear, swiglu
 
 
@@ -29,39 +29,49 @@ class Experts(nnx.Module):
     def __call__(
         self, x: Float[Array, "R D"], chosen: Int[Array, "R k"], weights: Float[Array, "R k"]
     ) -> Float[Array, "R D"]:
-        """Sum over each row's chosen experts, weighted. Reads the chosen experts only while they are few."""
+        """Sum over each row's chosen experts, weighted.
+
+        Few experts: all of them as plain products, which costs less than picking. Few rows: only the chosen ones are
+        read. Else rows are grouped by expert.
+        """
         rows, k = chosen.shape
-        if rows == 1:
+        if self.moe.num_experts <= 4 * k:
+            return self._dense(x, chosen, weights)
+        if rows * k <= self.moe.num_experts:
             return self._gathered(x, chosen, weights)
-        if self.moe.num_experts <= 4 * k or rows * k < self.moe.num_experts:
-            return (
-                self._dense(x, chosen, weights) if self.moe.num_experts <= 4 * k else self._gathered(x, chosen, weights)
-            )
         return self._grouped(x, chosen, weights)
 
     def _activate(self, h: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
         gate, up = h[..., 0, :], h[..., 1, :]
         return swiglu(gate, up) if self.moe.swiglu_limit is None else clamped_swiglu(gate, up, self.moe.swiglu_limit)
 
+    def _in(self, x: Float[Array, "... R D"], kernel: Float[Array, "... D 2 F"]) -> Float[Array, "... R 2 F"]:
+        """x times each kernel of the batch; as a batched product no kernel is laid out anew."""
+        h = jnp.matmul(x, kernel.astype(x.dtype).reshape(*kernel.shape[:-2], -1))
+        return h.reshape(*h.shape[:-1], *kernel.shape[-2:])
+
     def _gathered(self, x: Array, chosen: Array, weights: Array) -> Array:
-        """Each row's own expert matrices, gathered: for one row or few."""
-        h = jnp.einsum("rd,rkdcf->rkcf", x, self.gate_up[...][chosen].astype(x.dtype))
+        """Each row's own expert matrices, gathered."""
+        h = self._in(x[:, None, None], self.gate_up[...][chosen])[:, :, 0]
         if self.gate_up_bias is not None:
             h = h + self.gate_up_bias[...][chosen]
-        y = jnp.einsum("rkf,rkfd->rkd", self._activate(h), self.down[...][chosen].astype(x.dtype))
+        y = jnp.matmul(self._activate(h)[:, :, None], self.down[...][chosen].astype(x.dtype))[:, :, 0]
         if self.down_bias is not None:
             y = y + self.down_bias[...][chosen]
-        return jnp.einsum("rkd,rk->rd", y, weights.astype(x.dtype))
+        return jnp.sum(y * weights[..., None].astype(x.dtype), 1)
 
     def _dense(self, x: Array, chosen: Array, weights: Array) -> Array:
-        """All experts for all rows as plain products: for few experts."""
+        """All experts for all rows."""
         one_hot = jax.nn.one_hot(chosen, self.moe.num_experts, dtype=x.dtype)
-        share = jnp.einsum("rke,rk->re", one_hot, weights.astype(x.dtype))
-        h = jnp.einsum("rd,edcf->recf", x, self.gate_up[...].astype(x.dtype))
+        share = jnp.sum(one_hot * weights[..., None].astype(x.dtype), 1)  # [R E]
+        every = jnp.broadcast_to(x, (self.moe.num_experts, *x.shape))
+        # Without the barrier XLA makes one product of it, and lays all the kernels anew for it in every round.
+        h = self._in(jax.lax.optimization_barrier(every), self.gate_up[...])  # [E R 2 F]
         if self.gate_up_bias is not None:
-            h = h + self.gate_up_bias[...]
-        h = self._activate(h) * share[..., None]
-        y = jnp.einsum("ref,efd->rd", h, self.down[...].astype(x.dtype))
+            h = h + self.gate_up_bias[...][:, None]
+        h = self._activate(h) * share.T[..., None]
+        h = h.swapaxes(0, 1).reshape(len(x), -1)
+        y = h @ self.down[...].astype(x.dtype).reshape(h.shape[1], -1)
         return y if self.down_bias is None else y + share @ self.down_bias[...].astype(x.dtype)
 
     def _grouped(self, x: Array, chosen: Array, weights: Array) -> Array:
@@ -83,8 +93,9 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    def __init__(self, config: TargetConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        moe, dim = config.moe, config.hidden_size
+    """Routed experts, and the shared expert behind its gate where there is one."""
+
+    def __init__(self, dim: int, moe: MoeConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.moe = moe
         self.router = linear(dim, moe.num_experts, bias=moe.bias, dtype=dtype, rngs=rngs)
         self.experts = Experts(dim, moe, dtype=dtype, rngs=rngs)
@@ -108,6 +119,6 @@ class MoE(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         chosen, weights, logits = self.route(rows)
         out = self.experts(rows, chosen, weights)
-        if self.shared is not None:
+        if self.shared is not None and self.shared_gate is not None:
             out = out + jax.nn.sigmoid(self.shared_gate(rows)) * self.shared(rows)
         return out.reshape(x.shape), logits

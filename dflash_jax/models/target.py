@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dflash_jax.cache import DeferredRows, KeyValues, Recurrence, TargetCache
+from dflash_jax.cache import TargetCache
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.attention import Attention, Place
 from dflash_jax.models.gated_delta import GatedDelta
@@ -22,8 +23,8 @@ class Forward:
     """What one pass over W rows gives."""
 
     hidden: Float[Array, "B W D"]  # after the final norm
-    taps: Float[Array, "B W CD"] | None  # residual stream after each tapped layer, side by side
-    layers: tuple[KeyValues | DeferredRows | Recurrence, ...]
+    taps: Float[Array, "B W CD"]  # residual stream after each tapped layer, side by side
+    layers: tuple[Any, ...]  # KeyValues, DeferredRows or Recurrence: to commit, or committed by a prefill
     router_logits: tuple[Float[Array, "R E"], ...]
 
 
@@ -34,22 +35,22 @@ class Layer(nnx.Module):
         c, kind = config, config.layer_types[index]
         self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.norm, dtype=dtype)
         self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.norm, dtype=dtype)
-        if kind == "linear_attention":
-            self.mixer = GatedDelta(c, dtype=dtype, rngs=rngs)
+        if kind == "linear_attention" and c.gated_delta is not None:
+            self.mixer = GatedDelta(c, c.gated_delta, dtype=dtype, rngs=rngs)
         else:
             self.mixer = Attention(c, kind, dtype=dtype, rngs=rngs)
-        if c.moe is not None and index not in c.dense_layers:
-            self.mlp = MoE(c, dtype=dtype, rngs=rngs)
+        if c.moe is not None and c.is_sparse(index):
+            self.mlp = MoE(c.hidden_size, c.moe, dtype=dtype, rngs=rngs)
         else:
             self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, cache: KeyValues | Recurrence, place: Place, deferred: bool) -> tuple:
+    def __call__(self, x: Array, cache: Any, place: Place, deferred: bool) -> tuple[Array, Any, Array | None]:
         with jax.named_scope("mixer"):
             mixed, rows = self.mixer(self.input_norm(x), cache, place, deferred)
         x = x + mixed
         with jax.named_scope("mlp"):
-            out = self.mlp(self.post_norm(x))
-        out, logits = out if isinstance(self.mlp, MoE) else (out, None)
+            h = self.post_norm(x)
+            out, logits = self.mlp(h) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
         return x + out, rows, logits
 
 
@@ -89,7 +90,7 @@ class Target(nnx.Module):
             if logits is not None:
                 routers.append(logits)
             taps[i] = x
-        tapped = jnp.concatenate([taps[i] for i in tap_ids], -1) if tap_ids else None
+        tapped = jnp.concatenate([taps[i] for i in tap_ids], -1) if tap_ids else x[..., :0]
         return Forward(self.norm(x), tapped, tuple(layers), tuple(routers))
 
     def verify(self, tokens: Int[Array, "B W"], cache: TargetCache, *, tap_ids: Sequence[int] = ()) -> Forward:

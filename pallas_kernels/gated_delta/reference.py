@@ -1,6 +1,7 @@
 """The gated delta rule over a block of rows, with its commit deferred: the definition, in jnp, fp32.
 
-The rule, a value head with state S [Dk, Dv]: S = exp(g) S; u = beta (v - S^T k); S = S + k u^T; o = S^T q  (arXiv 2412.06464).
+The rule (arXiv 2412.06464), for a value head with state S [Dk, Dv]: S = exp(g) S; u = beta (v - S^T k); S = S + k u^T;
+o = S^T q.
 For a chain of W rows from S0, with G the running sum of g and decay_ij = exp(G_i - G_j) for j <= i:
 
     (I + A) U = beta (V - exp(G) K S0),   A_ij = beta_i decay_ij (k_i . k_j) below the diagonal

@@ -285,10 +285,11 @@ def test_penalties_without_history_are_refused():
 
 
 def test_seeds_of_a_batch():
-    """One seed for the batch gives each request its own, counted up; a list is taken as it is."""
+    """One seed for the batch is each request's, so that an answer does not depend on its place; a list is as it is."""
     scalar = Sampling.build(3, VOCAB, temperature=1.0, seed=2**32 - 1)
-    np.testing.assert_array_equal(scalar.seed, [2**32 - 1, 0, 1])
-    np.testing.assert_array_equal(Sampling.build(2, VOCAB, temperature=1.0, seed=[5, 5]).seed, [5, 5])
+    np.testing.assert_array_equal(scalar.seed, [2**32 - 1] * 3)
+    listed = Sampling.build(3, VOCAB, temperature=1.0, seed=[5, 0, 7])
+    np.testing.assert_array_equal(listed.seed, [5, 0, 7])
 
 
 def test_arrays_and_numpy_scalars_are_accepted():
