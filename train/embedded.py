@@ -32,14 +32,16 @@ def default_target() -> TargetTraining:
         architecture=Architecture(
             hidden_size=256, head_dim=64, delta_head_dim=64, num_experts=4, expert_size=64, shared_expert_size=128
         ),
-        loop=LoopConfig(steps=1400),
+        loop=LoopConfig(steps=1000),
         batch=8,
     )
 
 
 def default_drafter() -> DrafterTraining:
     """The embedded drafter."""
-    return DrafterTraining(architecture=DrafterArchitecture(head_dim=64, intermediate_size=512))
+    return DrafterTraining(
+        architecture=DrafterArchitecture(head_dim=64, intermediate_size=512), loop=LoopConfig(steps=2000), anchors=64
+    )
 
 
 @dataclasses.dataclass(frozen=True)
