@@ -47,7 +47,9 @@ def test_every_recorded_round(case):
     cache = DrafterCache.empty(drafter.config, 1, 48, jnp.float32)
     length = jnp.zeros(1, jnp.int32)
     for i in range(RECORDED):
-        record = {key: case.expected[f"round{i}.{key}"] for key in ("target_hidden", "block", "hidden", "logits", "draft")}
+        record = {
+            key: case.expected[f"round{i}.{key}"] for key in ("target_hidden", "block", "hidden", "logits", "draft")
+        }
         cache = commit(drafter, drafter.config, cache, record["target_hidden"], length)
         length = length + len(record["target_hidden"])
         hidden, logits, tokens = draft(target, drafter, jnp.asarray(record["block"]), cache, length)

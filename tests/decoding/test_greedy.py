@@ -34,7 +34,9 @@ def check(outputs, expected):
 @pytest.mark.parametrize("family", pairs.TARGETS)
 def test_speculative_output_is_plain_output(family, drafter):
     expected = plain(family)
-    assert len({tuple(g.tokens[i : i + 3]) for g in expected for i in range(NEW - 2)}) > 20  # no tokens for ever the same
+    assert (
+        len({tuple(g.tokens[i : i + 3]) for g in expected for i in range(NEW - 2)}) > 20
+    )  # no tokens for ever the same
     outputs = generate(pairs.pair(family, drafter), pairs.prompts(LENGTHS), max_new_tokens=NEW)
     check(outputs, expected)
     lengths = {n for g in outputs for n in g.acceptance_lengths}
