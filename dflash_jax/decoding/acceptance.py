@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int32
 
 from dflash_jax.decoding.noise import gumbel, uniform
 from dflash_jax.decoding.proposal import Candidates, Proposal
-from dflash_jax.decoding.sampling import History, Sampling, adjusted, distribution, draw
+from dflash_jax.decoding.sampling import History, Sampling, adjusted, best, distribution, draw
 
 
 @jax.tree_util.register_dataclass
@@ -66,9 +66,9 @@ def _accept_by_ratio(
     q = jnp.sum(jnp.where(candidates.ids == drafts[..., None], candidates.probs, 0.0), axis=-1)
     # Strictly less, so that p = 0 is never accepted; a draft that q cannot have drawn is no draw from q.
     stands = (uniform(sampling.seed, positions[:, :-1]) * q < p) & (q > 0)
-    best = jnp.argmax(adjusted(logits[:, :-1], sampling, history, tokens[:, :-1]), axis=-1)
+    own = best(adjusted(logits[:, :-1], sampling, history, tokens[:, :-1]))
     greedy = (sampling.temperature == 0)[:, None]
-    count = _prefix((drafts >= 0) & jnp.where(greedy, drafts == best, stands))
+    count = _prefix((drafts >= 0) & jnp.where(greedy, drafts == own, stands))
     bonus = _last(log_p, tokens, candidates, positions, sampling, count - 1)
     rows = jnp.arange(tokens.shape[1])
     shifted = jnp.pad(drafts, ((0, 0), (0, 1)))
@@ -94,4 +94,4 @@ def _last(
     scores = jnp.where(usable, jnp.log(residual), log_p)
     noise = gumbel(sampling.seed, position[:, None], vocab)[:, 0]
     scores = jnp.where((sampling.temperature > 0)[:, None], scores + noise, log_p)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return best(scores)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float32, Int32
 
 from dflash_jax.cache import DrafterCache
 from dflash_jax.decoding.noise import Purpose, gumbel
-from dflash_jax.decoding.sampling import Sampling
+from dflash_jax.decoding.sampling import Sampling, best
 from dflash_jax.models.drafter import Drafter, Selector
 from dflash_jax.models.target import Target
 
@@ -68,7 +68,7 @@ def propose(
     hidden = drafter(target.embed.embedding[...][block], cache, lengths)[:, 1:]
     logits = drafter.logits(target.head, hidden)
     if drafter.selector is None:
-        drafts, candidates = jnp.argmax(logits, -1).astype(anchor.dtype), None
+        drafts, candidates = best(logits), None
     else:
         scores, ids = jax.lax.top_k(logits, min(config.selector_top_k, logits.shape[-1]))
         drafts, candidates = select(drafter.selector, scores, ids, hidden, anchor, lengths, sampling)

@@ -169,7 +169,9 @@ class StackedKeyValues(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         layers, dim = kernel.shape[:2]
         # One batched product. Without the barrier XLA turns the kernels round in every call to make a plain one of it.
-        rows = jax.lax.optimization_barrier(jnp.broadcast_to(x.reshape(-1, dim), (layers, x.shape[0] * x.shape[1], dim)))
+        rows = jax.lax.optimization_barrier(
+            jnp.broadcast_to(x.reshape(-1, dim), (layers, x.shape[0] * x.shape[1], dim))
+        )
         out = jnp.matmul(rows, kernel.reshape(layers, dim, -1)).reshape(layers, *x.shape[:-1], *kernel.shape[2:])
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)[:, None, None]
 
