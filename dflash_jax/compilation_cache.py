@@ -10,7 +10,8 @@ def enable() -> None:
     """Keep compiled programs in ~/.cache/dflash-jax ($XDG_CACHE_HOME/dflash-jax), unless jax is configured otherwise.
 
     A directory that is set already (in jax's configuration, or as JAX_COMPILATION_CACHE_DIR) stays, with its
-    thresholds; JAX_ENABLE_COMPILATION_CACHE=false stays too. Where no directory can be made, programs are compiled at each start.
+    thresholds; JAX_ENABLE_COMPILATION_CACHE=false stays too. Where no directory can be made, programs are compiled at
+    each start.
     """
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
