@@ -7,10 +7,11 @@ import jax
 
 
 def enable() -> None:
-    """Keep compiled programs in ~/.cache/dflash-jax (or $XDG_CACHE_HOME/dflash-jax), unless jax is configured otherwise.
+    """Keep compiled programs in ~/.cache/dflash-jax ($XDG_CACHE_HOME/dflash-jax), unless jax is configured otherwise.
 
-    A directory that is set already (in jax's configuration, or as JAX_COMPILATION_CACHE_DIR) stays, with its thresholds;
-    JAX_ENABLE_COMPILATION_CACHE=false stays too. Where no directory can be made, programs are compiled at each start.
+    A directory that is set already (in jax's configuration, or as JAX_COMPILATION_CACHE_DIR) stays, with its
+    thresholds; JAX_ENABLE_COMPILATION_CACHE=false stays too. Where no directory can be made, programs are compiled at
+    each start.
     """
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return

@@ -1,7 +1,7 @@
 """Set before jax is imported: the CPU, one torch thread, and programs that are compiled with less effort.
 
-The models of the tests run for milliseconds and compile for seconds. A persistent compilation cache brings nothing here:
-a process hardly compiles one program twice, and workers that share a folder may read what another is still writing.
+The models of the tests run for milliseconds and compile for seconds. A compilation cache on disk brings nothing here: a
+process hardly compiles one program twice, and workers that share a folder may read what another is still writing.
 """
 
 import os

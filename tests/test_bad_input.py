@@ -1,6 +1,6 @@
 """Input that cannot work is refused before anything is computed, in one line that says what to give instead.
 
-Configurations and tensors are refused in test_config.py and checkpoints/test_refusals.py, prompts' texts in test_text.py.
+Configurations and tensors are refused in test_config.py and checkpoints/test_refusals.py, texts in test_text.py.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ from dflash_jax.decoding import prefill
 
 @pytest.fixture(scope="module")
 def small_chunks():
-    """Prompt chunks of 8 rows, so that short prompts cross every boundary. Programs hold the size they were traced with."""
+    """Prompt chunks of 8 rows: short prompts cross every boundary. Programs keep the size they were traced with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "CHUNK", 8)
         prefill.prefill.clear_cache()

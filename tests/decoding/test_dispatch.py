@@ -25,7 +25,7 @@ def begin(settings):
 
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_no_transfer_inside_a_dispatch(settings):
-    """The guard refuses every transfer; on the CPU, where reading an array moves nothing, the program's text says it."""
+    """The guard refuses transfers; on the CPU, where reading an array moves nothing, the program's text tells."""
     arguments = begin(settings)
     assert not HOST.search(run_rounds.lower(*arguments).as_text())
     with jax.transfer_guard("disallow"):
@@ -57,7 +57,7 @@ def test_the_host_sees_one_dispatch_when_it_looks_for_no_text(states):
 
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_nothing_is_compiled_again(settings, caplog):
-    """For other prompts of any length in the bucket, other values of the settings, other stops and lengths of output."""
+    """For prompts of other lengths in the bucket, other values of the settings, other stops, other output lengths."""
     pair = pairs.pair("qwen3_5_moe")
 
     def compilations(lengths, new, **changes):

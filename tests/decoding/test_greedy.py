@@ -30,6 +30,18 @@ def check(outputs, expected):
         assert sum(got.acceptance_lengths) == NEW - 1
 
 
+@pytest.mark.parametrize("family", pairs.TARGETS)
+def test_plain_output_is_the_argmax_of_the_logits(family):
+    """Of whole sequences, without a cache and without chunks."""
+    prompts, outputs = pairs.prompts(LENGTHS), plain(family)
+    rows = np.zeros((len(prompts), max(LENGTHS) + NEW), int)
+    for row, prompt, output in zip(rows, prompts, outputs, strict=True):
+        row[: len(prompt) + NEW] = [*prompt, *output.tokens]
+    best = np.argmax(pairs.pair(family).logits(rows), -1)
+    for row, length, output in zip(best, LENGTHS, outputs, strict=True):
+        assert row[length - 1 : length - 1 + NEW].tolist() == output.tokens, length
+
+
 @pytest.mark.parametrize("drafter", ["dflash", "dflash2"])
 @pytest.mark.parametrize("family", pairs.TARGETS)
 def test_speculative_output_is_plain_output(family, drafter):

@@ -1,7 +1,7 @@
 """`generate` samples from the target's own distribution, by statistics over thousands of requests in one batch.
 
-The target is a real model; what plain sampling would draw from is worked out in float64 from `pair.logits`, token by token.
-DFlash drafts are an argmax; DFlash 2 draws its drafts, and its real q takes part in the acceptance.
+The target is a real model; what plain sampling would draw from is worked out in float64 from `pair.logits`, token by
+token. DFlash drafts are an argmax; DFlash 2 draws its drafts, and its real q takes part in the acceptance.
 """
 
 import itertools
