@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dflash_jax import compilation_cache
 from dflash_jax.checkpoints import load_drafter, load_target
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
@@ -87,6 +88,7 @@ def load(
     if target is None:
         target, drafter = EMBEDDED / "target", EMBEDDED / "drafter"
     folder = find_folder(target, "target")
+    compilation_cache.enable()
     config, model = load_target(folder, dtype)
     tokenizer_folder = EMBEDDED / "tokenizer" if folder == EMBEDDED / "target" else folder
     tokenizer = load_tokenizer(tokenizer_folder, config.vocab_size)

@@ -40,7 +40,7 @@ def default_target() -> TargetTraining:
 def default_drafter() -> DrafterTraining:
     """The embedded drafter."""
     return DrafterTraining(
-        architecture=DrafterArchitecture(head_dim=64, intermediate_size=512), loop=LoopConfig(steps=2000), anchors=64
+        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384), loop=LoopConfig(steps=1500), anchors=64
     )
 
 
@@ -58,7 +58,7 @@ class EmbeddedPair:
     """
 
     target: TargetTraining = dataclasses.field(default_factory=default_target)
-    responses: RegenerateConfig = dataclasses.field(default_factory=RegenerateConfig)
+    responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(sampled=0.1))
     drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
     drafter_out: Path = Path("runs/embedded/drafter")
     folder: Path = Path(dflash_jax.__file__).parent / "embedded"

@@ -139,6 +139,9 @@ def stream(
 
 def as_batch(prompts: Any) -> list[Prompt]:
     """A list of prompts; a single text, list of ids or list of messages is a batch of one."""
+    if not hasattr(prompts, "__len__"):
+        kind = type(prompts).__name__
+        raise InputError(f"prompts are a {kind}; give a text, token ids, chat messages, or a list of such")
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer, dict))):
         return [prompts]
     return list(prompts)
@@ -242,7 +245,7 @@ class _Output:
 
 def split_stops(stop: Any, vocab: int) -> tuple[list[str], list[int]]:
     """Stop texts and stop ids."""
-    entries = [stop] if isinstance(stop, (str, int)) else list(stop)
+    entries = list(stop) if isinstance(stop, (list, tuple, set, frozenset, np.ndarray)) else [stop]
     for entry in entries:
         if isinstance(entry, str) and entry:
             continue

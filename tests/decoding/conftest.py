@@ -1,0 +1,30 @@
+import pytest
+
+from dflash_jax.decoding import prefill
+
+
+@pytest.fixture(scope="module")
+def small_chunks():
+    """Prompt chunks of 8 rows, so that short prompts cross every boundary. Programs hold the size they were traced with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "CHUNK", 8)
+        prefill.prefill.clear_cache()
+        yield
+    prefill.prefill.clear_cache()
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """The state of the device after each dispatch, as `generate` goes on."""
+    from dflash_jax.decoding import generate
+
+    seen, run_rounds = [], generate.run_rounds
+
+    def recorded(graph, weights, state, *arguments):
+        seen.append(run_rounds(graph, weights, state, *arguments))
+        # The next dispatch takes the arrays over.
+        seen[:-1] = [None] * (len(seen) - 1)
+        return seen[-1]
+
+    monkeypatch.setattr(generate, "run_rounds", recorded)
+    return seen

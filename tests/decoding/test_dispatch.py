@@ -1,0 +1,75 @@
+"""A dispatch of rounds has no host in it, and nothing is compiled twice."""
+
+import logging
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from dflash_jax.decoding import generate as generate_module
+from dflash_jax.decoding.generate import _Run, generate, run_rounds
+from tests.decoding import pairs
+
+NEW = 20
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
+HOST = re.compile("callback|infeed|outfeed|stablehlo.send|stablehlo.recv")
+
+
+def begin(settings):
+    """The arguments of the first dispatch, all on the device."""
+    run = _Run(pairs.pair("qwen3_5_moe"), pairs.prompts([3, 9]), NEW, settings, (), True, None)
+    state = generate_module.prefill(run.graph, run.weights, *run.inputs, run.sampling, run.width)
+    return run.graph, run.weights, state, run.sampling, jax.device_put(np.int32(6)), run.width
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_no_transfer_inside_a_dispatch(settings):
+    """The guard refuses every transfer; on the CPU, where reading an array moves nothing, the program's text says it."""
+    arguments = begin(settings)
+    assert not HOST.search(run_rounds.lower(*arguments).as_text())
+    with jax.transfer_guard("disallow"):
+        state = jax.block_until_ready(run_rounds(*arguments))
+    assert np.all(np.asarray(state.rounds) >= 5)
+
+
+def test_a_transfer_would_be_seen(monkeypatch):
+    *arguments, rounds, width = begin({})
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run_rounds(*arguments, np.asarray(rounds), width)
+    right = generate_module.decode_round
+
+    def peeping(target, drafter, state, *rest):
+        jax.debug.callback(lambda known: None, state.known)
+        return right(target, drafter, state, *rest)
+
+    monkeypatch.setattr(generate_module, "decode_round", peeping)
+    run_rounds.clear_cache()
+    text = run_rounds.lower(*arguments, rounds, width).as_text()
+    run_rounds.clear_cache()
+    assert HOST.search(text)
+
+
+def test_the_host_sees_one_dispatch_when_it_looks_for_no_text(states):
+    generate(pairs.pair("qwen3_5_moe"), pairs.prompts([3, 9]), max_new_tokens=NEW)
+    assert len(states) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_nothing_is_compiled_again(settings, caplog):
+    """For other prompts of any length in the bucket, other values of the settings, other stops and lengths of output."""
+    pair = pairs.pair("qwen3_5_moe")
+
+    def compilations(lengths, new, **changes):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            generate(pair, pairs.prompts(lengths), max_new_tokens=new, **{**settings, **changes})
+        return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+
+    run_rounds.clear_cache()
+    assert any("run_rounds" in text for text in compilations([3, 9], NEW))
+    assert not compilations([3, 9], NEW)
+    assert not compilations([1, 130], NEW + 7)
+    assert not compilations([200, 2], 3, stop=[2, 4])
+    if settings:
+        assert not compilations([4, 4], NEW, temperature=[0.0, 2.0], top_k=3, seed=[7, 8])
