@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from dflash_jax.checkpoints import load_target, save_drafter
@@ -41,6 +42,8 @@ class DrafterArchitecture:
         block_size: rows of a block, the anchor included
         taps: how many of the target's layers are tapped
         sliding_window: window of sliding layers, which are also causal inside the block; default: full attention
+        convolution: DFlash 2's grouped convolutions along the block
+        selector_rank: rank of DFlash 2's candidate selector; 0 is none
     """
 
     num_layers: int = 2
@@ -51,6 +54,8 @@ class DrafterArchitecture:
     block_size: int = 8
     taps: int = 3
     sliding_window: int | None = None
+    convolution: bool = False
+    selector_rank: int = 0
 
     def drafter_config(self, target: TargetConfig, mask_token: int) -> DrafterConfig:
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
@@ -72,6 +77,8 @@ class DrafterArchitecture:
             tap_ids=tap_ids(target.num_layers, self.taps),
             num_target_layers=target.num_layers,
             max_position=target.max_position,
+            conv_kernel_size=2 if self.convolution else 0,
+            selector_rank=self.selector_rank,
         )
 
 
@@ -122,37 +129,66 @@ def drafter_loss(
     blocks = cut_blocks(batch["tokens"], batch["mask"], anchors, real, rows=c.block_size, mask_token=c.mask_token_id)
     taps = jax.lax.stop_gradient(target.sequence(batch["tokens"], tap_ids=c.tap_ids).taps)
     hidden = block_hidden(drafter, target.embed.embedding[...][blocks.inputs], taps, anchors)
-    nll, guess = block_predictions(drafter, target, hidden, blocks, config.head_chunk)
-    weights = losses.pace_weights(nll, blocks.weights)
+    rows = block_predictions(drafter, target, hidden, blocks, config.head_chunk)
+    weights = losses.pace_weights(rows.nll, blocks.weights)
     if config.loss == "decay":
         weights = blocks.weights * decay(c.block_size, config.gamma)
-    return losses.weighted_mean(nll, weights), acceptance_metrics(nll, guess, blocks)
+    loss = losses.weighted_mean(rows.nll, weights)
+    if rows.selector_nll is not None and rows.listed is not None:
+        loss = loss + losses.weighted_mean(rows.selector_nll, weights * rows.listed)
+    return loss, acceptance_metrics(rows, blocks)
 
 
-def block_predictions(
-    drafter: Drafter, target: Target, hidden: jax.Array, blocks: Blocks, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood and argmax [B, A, W] through the target's frozen head; row 0 is not predicted."""
-    rows, labels = hidden[:, :, 1:], blocks.labels[:, :, 1:]
-    nll, guess = losses.chunked_head(
-        lambda x: drafter.logits(target.head, x), rows.reshape(-1, rows.shape[-1]), labels.reshape(-1), chunk
-    )
-    shift = ((0, 0), (0, 0), (1, 0))
-    return jnp.pad(nll.reshape(labels.shape), shift), jnp.pad(guess.reshape(labels.shape), shift)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What the rows of the blocks predict; row 0 predicts nothing. The last two are of DFlash 2's selector."""
+
+    nll: Float[Array, "B A W"]
+    guess: Int[Array, "B A W"]
+    selector_nll: Float[Array, "B A W"] | None = None
+    listed: Bool[Array, "B A W"] | None = None  # whether the label is among the candidates
 
 
-def acceptance_metrics(nll: jax.Array, guess: jax.Array, blocks: Blocks) -> Metrics:
+def block_predictions(drafter: Drafter, target: Target, hidden: Array, blocks: Blocks, chunk: int) -> Predictions:
+    """Through the target's frozen head, and the selector where there is one.
+
+    The selector is taught with the true predecessor. Up to the first wrong token that is also the predecessor in its
+    own walk, so its guesses give the acceptance of the walk.
+    """
+
+    def predict(rows: tuple[Array, Array, Array]) -> Predictions:
+        x, labels, previous = rows
+        logits = drafter.logits(target.head, x)
+        nll = losses.cross_entropy(logits, labels)
+        if drafter.selector is None:
+            return Predictions(nll, jnp.argmax(logits, -1))
+        scores, ids = jax.lax.top_k(logits, min(drafter.config.selector_top_k, logits.shape[-1]))
+        scores = scores + drafter.selector(previous, ids, x)
+        guess = jnp.take_along_axis(ids, jnp.argmax(scores, -1)[..., None], -1)[..., 0]
+        match = ids == labels[..., None]
+        selector_nll = losses.cross_entropy(scores, jnp.argmax(match, -1))
+        return Predictions(nll, guess, selector_nll, match.any(-1))
+
+    shape = (*blocks.labels.shape[:2], blocks.labels.shape[2] - 1)
+    rows = (hidden[:, :, 1:], blocks.labels[:, :, 1:], blocks.labels[:, :, :-1])
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
+    made = losses.in_chunks(predict, flat, chunk)
+    return jax.tree.map(lambda x: jnp.pad(x.reshape(shape), ((0, 0), (0, 0), (1, 0))), made)
+
+
+def acceptance_metrics(rows: Predictions, blocks: Blocks) -> Metrics:
     """Accuracy of rows 1.., and tokens a round as greedy verification of these very blocks would give them.
 
     Blocks cut short by the end of a response are left out of the acceptance length.
     """
-    correct, counts = (guess == blocks.labels).astype(jnp.float32), blocks.weights
-    whole = jnp.min(counts[..., 1:], -1, keepdims=True) * jnp.ones_like(counts)
+    correct, counts = (rows.guess == blocks.labels).astype(jnp.float32), blocks.weights
+    whole = jnp.min(counts[..., 1:], -1)
     prefix = losses.accepted(correct, counts).sum(-1)
     return {
-        "nll": losses.weighted_mean(nll, counts),
+        "nll": losses.weighted_mean(rows.nll, counts),
         "accuracy": (jnp.sum(correct * counts, (0, 1)) / jnp.maximum(jnp.sum(counts, (0, 1)), 1))[1:],
-        "acceptance": 1 + losses.weighted_mean(prefix, whole[..., 0]),
+        "acceptance": 1 + losses.weighted_mean(prefix, whole),
     }
 
 

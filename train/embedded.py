@@ -75,8 +75,8 @@ def run_target(config: TargetTraining) -> None:
 
 
 def run_drafter(config: EmbeddedPair) -> None:
-    """Lets the target write responses and trains the drafter on them."""
-    _, frozen = load_target(config.target.out / "model", jnp.float32)
+    """Lets the target write responses and trains the drafter on them: the target as it is shipped, rounded to bf16."""
+    _, frozen = load_target(config.folder / "target", jnp.float32)
     tokenizer = load_or_train(config.target.tokenizer_folder, ())
     data = corpus_responses(
         frozen, tokenizer, config.responses, config.drafter.held_out, config.drafter_out / "responses"

@@ -1,6 +1,7 @@
 """Losses over token ids, with the vocabulary's logits made a few rows at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +16,33 @@ def cross_entropy(logits: Float[Array, "*n V"], labels: Int[Array, "*n"]) -> Flo
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def in_chunks(function: Callable, rows: Any, chunk: int) -> Any:
+    """`function` of a tree of arrays [rows, ...], `chunk` rows at a time and made again backwards.
+
+    So what the function makes on the way, as logits, exists for `chunk` rows only. `chunk` 0 takes all rows at once,
+    which is faster where they fit the memory.
+    """
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if not chunk or chunk >= count:
+        return function(rows)
+    padding = -count % chunk
+    pieces = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:]), rows
+    )
+    outputs = jax.lax.map(jax.checkpoint(function), pieces)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)
+
+
 def chunked_head(
     head: Head, hidden: Float[Array, "rows D"], labels: Int[Array, "rows"], chunk: int
 ) -> tuple[Float[Array, "rows"], Int[Array, "rows"]]:
-    """Negative log-likelihood and argmax of each row; only `chunk` rows of logits exist at any time, also backwards.
+    """Negative log-likelihood and argmax of each row, from logits of `chunk` rows at a time."""
 
-    `chunk` 0 takes all rows at once, which is faster where the logits fit the memory.
-    """
-
-    def rows(args):
+    def rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = head(args[0])
         return cross_entropy(logits, args[1]), jnp.argmax(logits, axis=-1)
 
-    count = hidden.shape[0]
-    if not chunk or chunk >= count:
-        return rows((hidden, labels))
-    padding = -count % chunk
-    pieces = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:]),
-        (hidden, labels),
-    )
-    outputs = jax.lax.map(jax.checkpoint(rows), pieces)
-    return jax.tree.map(lambda x: x.reshape(-1)[:count], outputs)
+    return in_chunks(rows, (hidden, labels), chunk)
 
 
 def weighted_mean(values: Float[Array, "*n"], weights: Float[Array, "*n"]) -> Float[Array, ""]:

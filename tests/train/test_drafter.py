@@ -21,6 +21,7 @@ from train.blocks import block_hidden
 from train.drafter import (
     DrafterArchitecture,
     DrafterTraining,
+    Predictions,
     acceptance_metrics,
     block_predictions,
     drafter_loss,
@@ -45,8 +46,9 @@ def target() -> Target:
     return tiny.noisy(Target(config, rngs=nnx.Rngs(1)))
 
 
-def drafter(target: Target) -> Drafter:
-    return tiny.noisy(Drafter(SMALL.drafter_config(target.config, MASK), rngs=nnx.Rngs(2)))
+def drafter(target: Target, **extra) -> Drafter:
+    architecture = dataclasses.replace(SMALL, **extra)
+    return tiny.noisy(Drafter(architecture.drafter_config(target.config, MASK), rngs=nnx.Rngs(2)))
 
 
 def responses(count: int, seed: int = 0) -> Responses:
@@ -61,9 +63,10 @@ def test_taps_are_spread_and_leave_the_last_layer_out(layers, count, expected):
     assert tap_ids(layers, count) == expected
 
 
-def test_acceptance_in_training_is_the_acceptance_of_generate(target):
+@pytest.mark.parametrize("extra", [{}, {"convolution": True, "selector_rank": 4}, {"sliding_window": 6}])
+def test_acceptance_in_training_is_the_acceptance_of_generate(target, extra):
     """Blocks cut at the places where `generate` drafted accept as many tokens as it did there."""
-    model, prompt = drafter(target), [0, 1, 2, 1, 0]
+    model, prompt = drafter(target, **extra), [0, 1, 2, 1, 0]
     pair = Pair(target, model, Tokenizer(None, Path(), VOCAB))
     (made,) = dflash_jax.generate(pair, [prompt], max_new_tokens=60)
     ends = len(prompt) + np.cumsum([0, *made.acceptance_lengths])  # each round's anchor, in the sequence
@@ -73,8 +76,8 @@ def test_acceptance_in_training_is_the_acceptance_of_generate(target):
     blocks = cut_blocks(tokens, loss_mask, anchors, real, rows=SMALL.block_size, mask_token=MASK)
     taps = target.sequence(tokens, tap_ids=model.config.tap_ids).taps
     hidden = block_hidden(model, target.embed.embedding[...][blocks.inputs], taps, anchors)
-    _, guess = block_predictions(model, target, hidden, blocks, 0)
-    rounds = 1 + losses.accepted((guess == blocks.labels).astype(float), blocks.weights).sum(-1)[0]
+    rows = block_predictions(model, target, hidden, blocks, 0)
+    rounds = 1 + losses.accepted((rows.guess == blocks.labels).astype(float), blocks.weights).sum(-1)[0]
     assert list(rounds) == made.acceptance_lengths[: len(whole)]
     assert 1 < np.mean(rounds) < SMALL.block_size
 
@@ -86,7 +89,7 @@ def test_metrics_against_a_loop():
     counts[..., 0] = 0
     counts[1, 2, 2:] = 0
     blocks = Blocks(*map(jnp.asarray, (np.zeros((3, 5)), labels, labels, counts)))
-    metrics = acceptance_metrics(jnp.ones((3, 5, 4)), jnp.asarray(guess), blocks)
+    metrics = acceptance_metrics(Predictions(jnp.ones((3, 5, 4)), jnp.asarray(guess)), blocks)
     lengths, right = [], [[], [], []]
     for b, a in np.ndindex(3, 5):
         wrong = [w for w in range(1, 4) if guess[b, a, w] != labels[b, a, w]]
@@ -119,6 +122,29 @@ def test_loss_is_the_weighted_mean_over_rows(target, loss):
     other, _ = evaluate(config, {**batch, "step": np.uint32(8)})
     assert value == again and value != other  # anchors come from seed and step
     assert decay(4, 2.0)[2] == pytest.approx(np.exp(-0.5))
+
+
+def test_selector_learns_among_its_candidates_with_the_true_predecessor(target):
+    model = drafter(target, selector_rank=4)
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(1, 2, 4, 16)).astype(np.float32)
+    labels = rng.integers(0, VOCAB, (1, 2, 4))
+    blocks = Blocks(jnp.zeros((1, 2), int), jnp.asarray(labels), jnp.asarray(labels), jnp.ones((1, 2, 4)))
+    short = Drafter(dataclasses.replace(model.config, selector_top_k=2), rngs=nnx.Rngs(0))
+    nnx.update(short, nnx.state(model))
+    rows = block_predictions(short, target, jnp.asarray(hidden), blocks, 0)
+    for a, w in np.ndindex(2, 4):
+        if w == 0:
+            continue
+        logits = np.asarray(short.logits(target.head, hidden[0, a, w]))
+        ids = np.argsort(-logits)[:2]
+        extra = short.selector(jnp.asarray(labels[0, a, w - 1]), jnp.asarray(ids), jnp.asarray(hidden[0, a, w]))
+        scores = logits[ids] + np.asarray(extra)
+        assert rows.guess[0, a, w] == ids[scores.argmax()]
+        assert rows.listed[0, a, w] == (labels[0, a, w] in ids)
+        if labels[0, a, w] in ids:
+            expected = np.log(np.exp(scores).sum()) - scores[list(ids).index(labels[0, a, w])]
+            np.testing.assert_allclose(rows.selector_nll[0, a, w], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_training_resumes_exactly(target, tmp_path):
