@@ -33,8 +33,7 @@ bench-torch: $(VENV)/.installed-test  ## the README's figures against PyTorch
 	$(BIN)/python -m benchmarks.baselines
 
 embedded: $(VENV)/.installed  ## train the embedded pair again
-	$(BIN)/python -m train.target
-	$(BIN)/python -m train.drafter
+	$(BIN)/python -m train.embedded
 
 clean:  ## remove what the targets installed
 	rm -rf $(VENV) $(VENV312)

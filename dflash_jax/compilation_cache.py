@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -13,7 +14,8 @@ def enable() -> None:
     thresholds; JAX_ENABLE_COMPILATION_CACHE=false stays too. Where no directory can be made, programs are compiled at
     each start.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # its values are attributes that no type checker sees
+    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
         return
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dflash-jax"
