@@ -40,7 +40,7 @@ def default_target() -> TargetTraining:
 def default_drafter() -> DrafterTraining:
     """The embedded drafter."""
     return DrafterTraining(
-        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384), loop=LoopConfig(steps=1500), anchors=64
+        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384), loop=LoopConfig(steps=3000), anchors=64
     )
 
 

@@ -163,7 +163,7 @@ def _penalised(logits: Array, sampling: Sampling, prompt_seen: Array, counts: Ar
 
 
 def best(scores: Float32[Array, "*N V"]) -> Int32[Array, "*N"]:
-    """The highest score's index, the lowest on ties: two passes that vectorise, 6 times as fast as argmax on the CPU."""
+    """The highest score's index, the lowest on ties, in two passes that vectorise, 6 times as fast as argmax here."""
     size = scores.shape[-1]
     top = jnp.max(scores, axis=-1, keepdims=True)
     return jnp.min(jnp.where(scores == top, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
