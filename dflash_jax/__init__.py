@@ -11,8 +11,8 @@ _HOMES = {
     "Pair": "pair",
     "generate": "decoding.generate",
     "stream": "decoding.generate",
-    "Generation": "decoding.generate",
-    "Piece": "decoding.generate",
+    "Generation": "decoding.output",
+    "Piece": "decoding.output",
     "InputError": "errors",
     "__version__": "version",
 }

@@ -88,7 +88,7 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of token ids, special tokens left out; the same text as a `TextStream` gives piece by piece."""
         stream = TextStream(self)
-        return "".join(map(stream.push, tokens)) + stream.flush()
+        return stream.push(*tokens) + stream.flush()
 
     def _encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self.core is None:
@@ -166,9 +166,9 @@ class TextStream:
         self._shown_ids = 0
         self._shown = 0  # characters of the text of `_ids` given out already
 
-    def push(self, token: int) -> str:
-        """The text that is certain now and was not before; often that of `token`, "" inside a character."""
-        self._ids.append(token)
+    def push(self, *tokens: int) -> str:
+        """The text that is certain now and was not before; often that of the tokens, "" inside a character."""
+        self._ids += tokens
         text = self._decode(self._ids)
         kept = len(text) - len(text.rstrip(REPLACEMENT))
         end = len(text) - min(kept, 3)
@@ -232,6 +232,7 @@ class Transcript:
             raise InputError(f"stop strings need a tokenizer, and {tokenizer.folder} has none; stop by length instead")
         self._stream = TextStream(tokenizer)
         self._stops = StopFinder(stops)
+        self._has_stops = bool(stops)
 
     @property
     def stopped(self) -> bool:
@@ -240,6 +241,8 @@ class Transcript:
 
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
         """(text that can be shown now, how many of the tokens are output: all, or up to the end of a stop string)."""
+        if not self._has_stops:  # one look for all, which is quicker
+            return self._stops.push(self._stream.push(*tokens)), len(tokens)
         shown = []
         for i, token in enumerate(tokens):
             shown.append(self._stops.push(self._stream.push(token)))

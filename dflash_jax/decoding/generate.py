@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,38 +11,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from dflash_jax.decoding.output import Generation, Output, Piece
 from dflash_jax.decoding.prefill import capacity, prefill
 from dflash_jax.decoding.round import DecodeState, decode_round
 from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
-from dflash_jax.text import Prompt, Transcript
+from dflash_jax.text import Prompt
 
 ROUNDS_PER_DISPATCH = 16  # of a stream, or where stop strings have to be looked for
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one prompt became.
-
-    tokens: generated ids, an ending stop token included. text: their text, cut before a stop string.
-    acceptance_lengths: tokens emitted in each round, the bonus included; the first token comes from the prefill.
-    finish_reason: "stop" (a stop token or string) or "length" (`max_new_tokens`, or the model's last position).
-    """
-
-    tokens: list[int]
-    text: str
-    acceptance_lengths: list[int]
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a stream: its text, its tokens, and which of these the drafter had right."""
-
-    text: str
-    tokens: list[int]
-    drafted: list[bool]
 
 
 @partial(jax.jit, static_argnames=("graph", "width"), donate_argnames=("state",))
@@ -174,7 +150,7 @@ class _Run:
         ends = sorted({*config.eos_token_ids, *stop_ids})
         stops = np.full((len(ids), max(8, len(ends))), -1, np.int32)
         stops[:, : len(ends)] = ends
-        self.outputs = [_Output(pair, int(n), self.stop_texts, set(ends)) for n in lengths]
+        self.outputs = [Output(pair.tokenizer, int(n), self.stop_texts, set(ends)) for n in lengths]
         self.inputs = jax.device_put((tokens, lengths, limit, stops))
 
     def dispatches(self, rounds: Iterator[int]) -> Iterator[None]:
@@ -195,52 +171,6 @@ class _Run:
         for i, output in enumerate(self.outputs):
             output.update(tokens[i, : known[i]], counts[i, : rounds[i]])
         return all(f or o.transcript.stopped for f, o in zip(finished, self.outputs, strict=True))
-
-
-class _Output:
-    """The host's view of one request."""
-
-    def __init__(self, pair: Pair, prompt_length: int, stop_texts: Sequence[str], ends: set[int]):
-        self.prompt_length, self.ends = prompt_length, ends
-        self.transcript = Transcript(pair.tokenizer, stop_texts)
-        self.tokens: list[int] = []
-        self.counts: list[int] = []
-        self.text = ""
-        self._shown_tokens = self._shown_text = 0
-
-    def update(self, tokens: np.ndarray, counts: np.ndarray) -> None:
-        """Take in all that the device knows of this request, prompt included."""
-        if self.transcript.stopped:
-            return
-        new = tokens[self.prompt_length + len(self.tokens) :].tolist()
-        text, kept = self.transcript.push(new)
-        self.tokens += new[:kept]
-        self.text += text
-        self.counts = counts.tolist()
-
-    def drafted(self) -> list[bool]:
-        """For each token, whether the drafter had it: all of a round but the bonus."""
-        flags = [False]
-        for count in self.counts:
-            flags += [True] * (count - 1) + [False]
-        return flags[: len(self.tokens)]
-
-    def piece(self) -> Piece | None:
-        """What is new since the last piece."""
-        tokens, text = self.tokens[self._shown_tokens :], self.text[self._shown_text :]
-        flags = self.drafted()[self._shown_tokens :]
-        self._shown_tokens, self._shown_text = len(self.tokens), len(self.text)
-        return Piece(text, tokens, flags) if tokens or text else None
-
-    def generation(self) -> Generation:
-        self.text += self.transcript.flush()
-        lengths, left = [], len(self.tokens) - 1
-        for count in self.counts:
-            if left > 0:
-                lengths.append(min(count, left))
-                left -= count
-        stopped = self.transcript.stopped or (bool(self.tokens) and self.tokens[-1] in self.ends)
-        return Generation(list(self.tokens), self.text, lengths, "stop" if stopped else "length")
 
 
 def split_stops(stop: Any, vocab: int) -> tuple[list[str], list[int]]:
