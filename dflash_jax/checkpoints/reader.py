@@ -30,6 +30,7 @@ def is_harmless(key: str) -> bool:
     """Whether a key cannot change the logits: names, ids that only text handling uses, old generation settings."""
     return key in HARMLESS or key.startswith(("_", "transformers.")) or key.endswith("_token_id")
 
+
 # Keys that would change the computation, with the only values that are computed here.
 FIXED = {
     "hidden_act": ("silu", "swish"),

@@ -101,7 +101,10 @@ def stream(
     **settings: Any,
 ) -> Generator[Piece, None, Generation]:
     """Complete one prompt and yield pieces as rounds finish; returns the `Generation`. Arguments as for `generate`."""
-    run = _Run(pair, [prompt], max_new_tokens, settings, stop, draft, width)
+    return _pieces(_Run(pair, [prompt], max_new_tokens, settings, stop, draft, width))
+
+
+def _pieces(run: "_Run") -> Generator[Piece, None, Generation]:
     output = run.outputs[0]
     growing = itertools.chain([1, 2, 4, 8], itertools.repeat(ROUNDS_PER_DISPATCH))  # the first words at once
     for _ in run.dispatches(growing):
