@@ -10,6 +10,7 @@ from dflash_jax.cache import DrafterCache, TargetCache, write_rows
 from dflash_jax.decoding.acceptance import Accepted, accept
 from dflash_jax.decoding.proposal import plain_proposal, propose
 from dflash_jax.decoding.sampling import History, Sampling
+from dflash_jax.decoding.width import Controller
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Forward, Target
 
@@ -29,9 +30,10 @@ class DecodeState:
     limit: Int[Array, "B"]  # how many may be
     stops: Int[Array, "B E"]  # tokens that end a request; -1 is padding
     finished: Bool[Array, "B"]
-    counts: Int[Array, "B S"]  # rows accepted in each round, the anchor's included
+    counts: Int[Array, "B S"]  # rows accepted in each round, the anchor's included; -1: a plain round amid drafted ones
     rounds: Int[Array, "B"]
     history: History | None
+    controller: Controller | None  # None: every round drafts
 
 
 def decode_round(
@@ -40,7 +42,7 @@ def decode_round(
     """Advance every request that is not finished by 1 to `width` tokens."""
     anchor = jnp.take_along_axis(state.tokens, state.known[:, None] - 1, axis=1)[:, 0]
     with jax.named_scope("propose"):
-        if drafter is None or state.draft_cache is None:
+        if drafter is None or state.draft_cache is None or width == 1:
             proposal = plain_proposal(anchor)
         else:
             proposal = propose(target, drafter, anchor, state.draft_cache, state.cache.lengths, sampling, width)
@@ -55,11 +57,29 @@ def decode_round(
         return commit(state, drafter, forward, accepted)
 
 
+def adaptive_round(
+    target: Target, drafter: Drafter | None, state: DecodeState, sampling: Sampling | None, width: int
+) -> DecodeState:
+    """A drafted round, and behind it the plain ones that the controller expects more of than of drafting again."""
+    after = decode_round(target, drafter, state, sampling, width)
+    if state.controller is None:
+        return after
+    tokens = jnp.sum(after.known - state.known) / jnp.maximum(jnp.sum(~state.finished), 1)
+    after = replace(after, controller=state.controller.after_drafted(tokens))
+
+    def plain(state: DecodeState) -> DecodeState:
+        return replace(decode_round(target, drafter, state, sampling, 1), controller=state.controller.after_plain())
+
+    # A loop and no `lax.cond`: its branches would hand the caches over by copying them.
+    return jax.lax.while_loop(lambda s: (s.controller.wait > 0) & ~jnp.all(s.finished), plain, after)
+
+
 def commit(state: DecodeState, drafter: Drafter | None, forward: Forward, accepted: Accepted) -> DecodeState:
     """Make the accepted rows part of the caches and their tokens part of the output."""
     running = ~state.finished
     count = jnp.where(running, accepted.count, 0)
     draft_cache = state.draft_cache
+    plain = drafter is not None and accepted.emitted.shape[1] == 1
     if drafter is not None and draft_cache is not None:
         context = drafter.context(forward.taps, state.cache.lengths)
         draft_cache = draft_cache.commit(context, state.cache.lengths, count)
@@ -68,7 +88,7 @@ def commit(state: DecodeState, drafter: Drafter | None, forward: Forward, accept
         state,
         cache=state.cache.commit(forward.layers, count),
         draft_cache=draft_cache,
-        counts=jnp.where(this_round, count[:, None], state.counts),
+        counts=jnp.where(this_round, -1 if plain else count[:, None], state.counts),
         rounds=state.rounds + running,
     )
     return emit(state, accepted.emitted, count)
