@@ -16,8 +16,20 @@ HARMLESS = frozenset((
     "router_aux_loss_coef", "pad_token_id", "bos_token_id", "pretraining_tp", "initial_context_length",
     "max_window_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "num_nextn_predict_layers",
     "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-    "language_model_only",
+    "language_model_only", "is_decoder", "is_llama_config", "torchscript", "use_bfloat16", "pruned_heads", "prefix",
+    "tie_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "finetuning_task", "tf_legacy_loss",
+    "task_specific_params", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "unsloth_fixed", "unsloth_version",
 ))  # fmt: skip
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a key cannot change the logits: names, ids that only text handling uses, old generation settings."""
+    return key in HARMLESS or key.startswith(("_", "transformers.")) or key.endswith("_token_id")
+
 
 # Keys that would change the computation, with the only values that are computed here.
 FIXED = {
@@ -27,6 +39,7 @@ FIXED = {
     "mamba_ssm_dtype": ("float32",),
     "swiglu_alpha": (1.702,),
     "use_mrope": (False,),
+    "rope_interleaved": (False,),
     "mlp_bias": (False,),  # where the family may have one it is read
 }
 
@@ -109,7 +122,7 @@ class Reader:
             if self._values[key] not in FIXED[key]:
                 accepted = " or ".join(repr(value) for value in FIXED[key])
                 raise self.error(f"{prefix}{key} is {self._values[key]!r}, only {accepted} is supported")
-        unknown = [prefix + key for key in sorted(self._unread - FIXED.keys() - HARMLESS)]
+        unknown = [prefix + key for key in sorted(self._unread - FIXED.keys()) if not is_harmless(key)]
         if unknown:
             raise self.error(
                 f"not understood: {', '.join(unknown)}; these may change the computation, "

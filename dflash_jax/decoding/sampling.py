@@ -84,6 +84,7 @@ class Sampling:
             "presence_penalty": _penalty(presence_penalty, batch, "presence_penalty"),
             "frequency_penalty": _penalty(frequency_penalty, batch, "frequency_penalty"),
         }
+        seeds = _integers(seed, batch, "seed", 2**32 - 1)
         bias = _bias(logit_bias, batch, vocab)
         plan = SamplingPlan(
             random=bool(np.any(values["temperature"] > 0)),
@@ -97,7 +98,7 @@ class Sampling:
         arrays = {name: jnp.asarray(value) for name, value in values.items()}
         return Sampling(
             **arrays,
-            seed=jnp.asarray(_integers(seed, batch, "seed", 2**32 - 1)),
+            seed=jnp.asarray(seeds),
             logit_bias=None if bias is None else jnp.asarray(bias),
             plan=plan,
         )
