@@ -23,7 +23,7 @@ def drafter(kind: str, causal: bool, **extra) -> Drafter:
         rope=RopeConfig(theta=1e4, dim=8), block_size=ROWS, mask_token_id=1, tap_ids=(0, 1), num_target_layers=4,
         **extra,
     )  # fmt: skip
-    return tiny.noisy(Drafter(config, rngs=nnx.Rngs(0)))
+    return tiny.noisy(lambda: Drafter(config, rngs=nnx.Rngs(0)))
 
 
 def inputs() -> tuple[jax.Array, jax.Array]:
@@ -43,13 +43,17 @@ KINDS = [
 @pytest.mark.parametrize(("kind", "causal", "extra"), KINDS)
 def test_training_blocks_equal_serving_blocks(kind, causal, extra):
     model, (embedded, taps) = drafter(kind, causal, **extra), inputs()
-    together = block_hidden(model, embedded, taps, jnp.asarray(ANCHORS))
-    for a in range(ANCHORS.shape[1]):
-        lengths = jnp.asarray(ANCHORS[:, a])
+
+    @jax.jit
+    def alone(embedded: jax.Array, lengths: jax.Array) -> jax.Array:
         cache = DrafterCache.empty(model.config, 2, LENGTH, jnp.float32)
         cache = cache.commit(model.context(taps, jnp.zeros(2, jnp.int32)), jnp.zeros(2, jnp.int32), lengths)
-        alone = model(embedded[:, a], cache, lengths)
-        np.testing.assert_allclose(together[:, a], alone, rtol=2e-4, atol=2e-5)
+        return model(embedded, cache, lengths)
+
+    together = jax.jit(lambda: block_hidden(model, embedded, taps, jnp.asarray(ANCHORS)))()
+    for a in range(ANCHORS.shape[1]):
+        one = alone(embedded[:, a], jnp.asarray(ANCHORS[:, a]))
+        np.testing.assert_allclose(together[:, a], one, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(("kind", "causal", "extra"), KINDS[:2])
@@ -73,6 +77,11 @@ def test_no_block_sees_context_at_or_after_its_anchor(kind, causal, extra):
 
 def test_no_block_sees_another():
     model, (embedded, taps) = drafter("full_attention", False), inputs()
-    influence = jax.grad(lambda e: jnp.sum(block_hidden(model, e, taps, jnp.asarray(ANCHORS))[0, 2] ** 2))(embedded)
-    seen = np.abs(np.asarray(influence)).sum((-1, -2)) > 0
+
+    @jax.jit
+    @jax.grad
+    def influence(embedded: jax.Array) -> jax.Array:
+        return jnp.sum(block_hidden(model, embedded, taps, jnp.asarray(ANCHORS))[0, 2] ** 2)
+
+    seen = np.abs(np.asarray(influence(embedded))).sum((-1, -2)) > 0
     assert seen[0, 2] and seen.sum() == 1
