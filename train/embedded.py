@@ -86,7 +86,7 @@ def run_drafter(config: EmbeddedPair) -> None:
     model, done = train_drafter(config.drafter, frozen, tokenizer.mask_token_id, *data, config.drafter_out)
     if not done:
         raise InputError("the drafter's training was stopped by --drafter.loop.minutes; run again to go on")
-    # A drafter trained on blocks of 8 runs on shorter ones too; 6 rows are the quickest on two CPU cores (`make bench`).
+    # Trained on blocks of 8 it runs on shorter ones too; 6 rows are the quickest on two CPU cores (`make bench`).
     model.config = dataclasses.replace(model.config, block_size=config.rows)
     save_drafter(model, config.folder / "drafter", jnp.bfloat16)
 

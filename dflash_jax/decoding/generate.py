@@ -76,7 +76,7 @@ def generate(
         stop: texts and token ids that end a generation, beside the model's own end tokens.
         draft: False decodes plainly.
         width: rows a round, the anchor included, 1 to the drafter's block size, which is the default. Where that was
-            measured to pay (`Pair.break_even`), the default also takes plain rounds while drafts fail.
+            measured to pay (`Pair.break_even`), the default for one prompt also takes plain rounds while drafts fail.
 
     Raises:
         InputError: an empty or too long prompt, ids outside the vocabulary, or a setting out of its range.
@@ -146,7 +146,7 @@ class _Run:
         self.width = check_width(pair, draft, width)
         self.graph, self.weights = pair.split if self.width > 1 else pair.split_target
         self.sampling = Sampling.build(len(ids), config.vocab_size, **settings)
-        self.break_even = self._break_even(pair, width)
+        self.break_even = self._break_even(pair, width) if len(ids) == 1 else None
         lengths = np.array([len(i) for i in ids], np.int32)
         longest = config.max_position or np.iinfo(np.int32).max
         if lengths.max() >= longest:
