@@ -65,13 +65,17 @@ def adaptive_round(
     if state.controller is None:
         return after
     tokens = jnp.sum(after.known - state.known) / jnp.maximum(jnp.sum(~state.finished), 1)
-    after = replace(after, controller=state.controller.after_drafted(tokens))
+    controller = state.controller.after_drafted(tokens)
 
-    def plain(state: DecodeState) -> DecodeState:
-        return replace(decode_round(target, drafter, state, sampling, 1), controller=state.controller.after_plain())
+    def plain(carry: tuple[DecodeState, Controller]) -> tuple[DecodeState, Controller]:
+        return decode_round(target, drafter, carry[0], sampling, 1), carry[1].after_plain()
+
+    def waiting(carry: tuple[DecodeState, Controller]) -> Array:
+        return (carry[1].wait > 0) & ~jnp.all(carry[0].finished)
 
     # A loop and no `lax.cond`: its branches would hand the caches over by copying them.
-    return jax.lax.while_loop(lambda s: (s.controller.wait > 0) & ~jnp.all(s.finished), plain, after)
+    after, controller = jax.lax.while_loop(waiting, plain, (after, controller))
+    return replace(after, controller=controller)
 
 
 def commit(state: DecodeState, drafter: Drafter | None, forward: Forward, accepted: Accepted) -> DecodeState:
