@@ -133,7 +133,7 @@ def test_the_rate_of_acceptance_is_the_overlap_of_the_distributions():
         jnp.broadcast_to(jnp.asarray(q, jnp.float32), (batch, WIDTH - 1, 3)),
     )
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (batch, WIDTH, VOCAB))
-    sampling = Sampling.build(batch, VOCAB, temperature=1.0)
+    sampling = Sampling.build(batch, VOCAB, temperature=1.0, seed=list(range(batch)))
     tokens = jnp.pad(drafts, ((0, 0), (1, 0)))
     drawn = np.asarray(_accept(Proposal(tokens, candidates), logits, positions(batch), sampling).count) > 1
     overlap = np.minimum(p[:3], q).sum()
