@@ -81,7 +81,11 @@ def _functions(tree: ast.Module) -> Iterator[tuple[ast.ClassDef | None, ast.Func
 
 
 def prompts_of(document: Document, lines: int = 8) -> list[str]:
-    """The first lines of every function twice as long: with its class' header, where it has one."""
+    """The first lines of every function twice as long: with its class' header, where it has one.
+
+    They end where a line does, before the line break: the tokenizer has one token for a line break with the
+    indentation after it, so a prompt that ends with a bare one reads like the end of a file.
+    """
     source = document.text.splitlines(keepends=True)
     prompts = []
     for parent, function in _functions(ast.parse(document.text)):
@@ -89,7 +93,7 @@ def prompts_of(document: Document, lines: int = 8) -> list[str]:
         if (function.end_lineno or 0) - start < 2 * lines:
             continue
         header = "" if parent is None else source[parent.lineno - 1] + "\n"
-        prompts.append(header + "".join(source[start : start + lines]))
+        prompts.append(header + "".join(source[start : start + lines]).rstrip("\n"))
     return prompts
 
 
