@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
+from optax import contrib
 
 Pytree = Any
 Metrics = dict[str, jax.Array]
@@ -18,16 +19,23 @@ Loss = Callable[[Pytree, Pytree, Pytree], tuple[jax.Array, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay, both in steps.
+    """AdamW or Muon with linear warm-up and cosine decay, both in steps.
+
+    Muon (arXiv 2502.16982) orthogonalises the momentum of every matrix, and leaves vectors and vocabulary tables to
+    AdamW. Its updates are scaled to AdamW's size, so that one learning rate serves both.
 
     Args:
+        method: a drafter learns two to three times as fast by "muon"
         learning_rate: the peak
         warmup: fraction of all steps spent warming up
         final: the last learning rate as a fraction of the peak
         weight_decay: for matrices only
         clip: largest global gradient norm
+        b1: AdamW's decay of the mean of gradients
+        b2: AdamW's decay of the mean of their squares
     """
 
+    method: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3
     warmup: float = 0.04
     final: float = 0.05
@@ -58,24 +66,42 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
+def names(path: tuple) -> set[str]:
+    """The names along a parameter's path."""
+    return {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
+
+
 def is_matrix(path: tuple, leaf: jax.Array) -> bool:
     """Whether weight decay applies: not to norms, biases, gates' decay rates and short convolutions."""
-    names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
-    return leaf.ndim >= 2 and not names & {"bias", "conv", "base", "gate_up_bias", "down_bias"}
+    return leaf.ndim >= 2 and not names(path) & {"bias", "conv", "base", "gate_up_bias", "down_bias"}
+
+
+def muon_axes(path: tuple, leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+    """(inputs, outputs) of the matrices that Muon takes; kernels [in, (2,) out], and stacks of such of one a layer or
+    an expert. Vocabulary tables are no matrices in this sense: their rows are seen one at a time.
+    """
+    here = names(path)
+    if not is_matrix(path, leaf) or here & {"embed", "lm_head", "predecessor", "successor"}:
+        return None
+    return contrib.MuonDimensionNumbers(int(bool(here & {"kv_proj", "experts"})), leaf.ndim - 1)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
+    """Clipped AdamW or Muon."""
+    schedule = learning_rate(config, steps)
+    matrices = functools.partial(jax.tree_util.tree_map_with_path, is_matrix)
+    if config.method == "adamw":
+        update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices)
+    else:
+        update = contrib.muon(
+            schedule,
             weight_decay=config.weight_decay,
-            mask=functools.partial(jax.tree_util.tree_map_with_path, is_matrix),
-        ),
-    )
+            consistent_rms=0.2,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=functools.partial(jax.tree_util.tree_map_with_path, muon_axes),
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
 def init_state(params: Pytree, optimizer: optax.GradientTransformation) -> TrainState:
