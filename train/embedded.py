@@ -19,6 +19,7 @@ from train.command import command
 from train.drafter import DrafterArchitecture, DrafterTraining, corpus_responses, train_drafter
 from train.loop import LoopConfig
 from train.regenerate import RegenerateConfig
+from train.step import OptimizerConfig
 from train.target import Architecture, TargetTraining, train_target
 from train.tokenizer import load_or_train, save_tokenizer
 
@@ -40,7 +41,10 @@ def default_target() -> TargetTraining:
 def default_drafter() -> DrafterTraining:
     """The embedded drafter."""
     return DrafterTraining(
-        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384), loop=LoopConfig(steps=3000), anchors=64
+        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384),
+        loop=LoopConfig(steps=4000),
+        optimizer=OptimizerConfig("muon", learning_rate=5e-3),
+        anchors=64,
     )
 
 
