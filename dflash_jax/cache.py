@@ -1,6 +1,6 @@
 """What is remembered of committed tokens: pytrees with append, commit and nothing to roll back.
 
-Rows past the committed length do not exist: they are never read, and rejecting a row is not writing it. Recurrent
+Rows past the committed length do not exist: they are never read, and rejecting a row is not counting it. Recurrent
 layers keep the accepted rows of the last block as pending, and fold them into the state in the next forward.
 """
 
@@ -12,14 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.config import DrafterConfig, GatedDeltaConfig, TargetConfig
+from pallas_kernels.block_attention import write_rows
 from pallas_kernels.gated_delta import Pending, Rows
-
-
-def write_rows(cache: Float[Array, "K S H"], rows: Float[Array, "K W H"], start: Array, count: Array) -> Array:
-    """Rows i < count at start + i; what stands at the other places stays. All W rows must have room: start + W <= S."""
-    old = jax.lax.dynamic_slice_in_dim(cache, start, rows.shape[1], axis=1)
-    keep = (jnp.arange(rows.shape[1]) < count)[:, None]
-    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(keep, rows.astype(cache.dtype), old), start, axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -35,13 +29,9 @@ class KeyValues:
         shape = (batch, heads, capacity, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def append(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
-        """Write the first `count[b]` of the rows at `lengths[b]`."""
-        place = jax.vmap(write_rows)
-        return KeyValues(place(self.keys, rows.keys, lengths, count), place(self.values, rows.values, lengths, count))
-
     def commit(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
-        return self.append(rows, lengths, count)
+        """`rows` is this cache with the block's rows behind the committed ones: they need only be counted."""
+        return rows
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +102,8 @@ class TargetCache:
     def commit(self, rows: tuple[Any, ...], count: Int[Array, "B"]) -> "TargetCache":
         """Keep the first `count[b]` rows of the block that `Target.verify` ran; the rest never was.
 
-        `rows` are the forward's layers: `KeyValues` for attention, `DeferredRows` for recurrent layers.
+        `rows` are the forward's layers: the caches with the rows in them for attention, `DeferredRows` for recurrent
+        layers.
         """
         layers = (layer.commit(new, self.lengths, count) for layer, new in zip(self.layers, rows, strict=True))
         return TargetCache(self.lengths + count, tuple(layers))
@@ -132,4 +123,4 @@ class DrafterCache:
 
     def commit(self, rows: tuple[KeyValues, ...], lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "DrafterCache":
         """Write the first `count[b]` context rows of every layer at `lengths[b]`."""
-        return DrafterCache(tuple(layer.append(r, lengths, count) for layer, r in zip(self.layers, rows, strict=True)))
+        return jax.tree.map(lambda cache, new: write_rows(cache, new, lengths, count), self, DrafterCache(rows))

@@ -48,6 +48,11 @@ class MoeConfig:
     bias: bool = False  # gpt_oss: on the router and on the experts
     swiglu_limit: float | None = None  # gpt_oss: clamped SwiGLU with gain 1.702
 
+    @property
+    def dense(self) -> bool:
+        """Whether there are so few experts that all of them for every row cost less than picking."""
+        return self.num_experts <= 4 * self.top_k
+
 
 @dataclass(frozen=True)
 class GatedDeltaConfig:

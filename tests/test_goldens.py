@@ -1,5 +1,6 @@
 """The recorded runs of the reference implementation: every recorded round, and whole outputs. No torch."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,8 +82,8 @@ def test_plain_output_is_the_same(case):
     assert got.acceptance_lengths == [1] * (new - 1)
 
 
-def test_only_accepted_rows_are_written(case, monkeypatch):
-    """In the target's cache and in the drafter's, in rounds that reject most of what was drafted."""
+def test_the_drafter_keeps_accepted_rows_only(case, monkeypatch):
+    """In rounds that reject most of what was drafted."""
     states = []
     rounds = lambda *arguments: states.append(run_rounds(*arguments)) or states[-1]  # noqa: E731
     monkeypatch.setattr("dflash_jax.decoding.generate.run_rounds", rounds)
@@ -90,8 +91,20 @@ def test_only_accepted_rows_are_written(case, monkeypatch):
     generate(case.pair, [case.prompt.tolist()], max_new_tokens=new)
     (state,) = states
     assert state.cache.lengths[0] >= len(case.tokens) - 1
-    assert_nothing_beyond(state.cache.layers, state.cache.lengths)
     assert_nothing_beyond(state.draft_cache.layers, state.cache.lengths)
+
+
+def test_rows_past_the_committed_length_are_never_read(case, monkeypatch):
+    """The target's rejected rows stay in its cache until the next block overwrites them."""
+
+    def rounds(graph, weights, state, *arguments):
+        beyond = np.arange(state.tokens.shape[1])[:, None] >= np.asarray(state.cache.lengths)[0]
+        layers = jax.tree.map(lambda rows: jnp.where(beyond, 1e4, rows), state.cache.layers)
+        state = replace(state, cache=replace(state.cache, layers=layers))
+        return run_rounds(graph, weights, state, *arguments)
+
+    monkeypatch.setattr("dflash_jax.decoding.generate.run_rounds", rounds)
+    test_output_and_acceptance_lengths(case)
 
 
 def up_to(lengths: list[int], left: int) -> list[int]:

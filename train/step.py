@@ -77,13 +77,14 @@ def is_matrix(path: tuple, leaf: jax.Array) -> bool:
 
 
 def muon_axes(path: tuple, leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
-    """(inputs, outputs) of the matrices that Muon takes; kernels [in, (2,) out], and stacks of such of one a layer or
-    an expert. Vocabulary tables are no matrices in this sense: their rows are seen one at a time.
+    """(inputs, outputs) of the matrices that Muon takes: kernels [in, (2,) out], and the stack of such of one a layer.
+
+    Experts are left to AdamW, and vocabulary tables, whose rows are seen one at a time.
     """
     here = names(path)
-    if not is_matrix(path, leaf) or here & {"embed", "lm_head", "predecessor", "successor"}:
+    if not is_matrix(path, leaf) or here & {"embed", "lm_head", "predecessor", "successor", "experts"}:
         return None
-    return contrib.MuonDimensionNumbers(int(bool(here & {"kv_proj", "experts"})), leaf.ndim - 1)
+    return contrib.MuonDimensionNumbers(int("kv_proj" in here), leaf.ndim - 1)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -1,7 +1,11 @@
 """The name tables of the targets: shared pieces, put together by what the configuration says."""
 
+from collections.abc import Callable
+
+import numpy as np
+
 from dflash_jax.checkpoints.table import Leaf, Piece, dense_mlp, projection, whole
-from dflash_jax.config import TargetConfig
+from dflash_jax.config import MoeConfig, TargetConfig
 
 # Where the text model stands in a checkpoint: bare, a causal language model, inside a vision-language wrapper.
 PREFIXES = ("model.language_model.", "model.", "language_model.model.", "")
@@ -111,15 +115,20 @@ def _mlp(c: TargetConfig, layer: int, path: str, key: str) -> list[Leaf]:
     return leaves
 
 
+def _by_expert(moe: MoeConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """From the experts' gate_up leaf to its view [E, in, 2, F] (see `DenseExperts`)."""
+    return (lambda leaf: leaf.swapaxes(0, 1)) if moe.dense else (lambda leaf: leaf)
+
+
 def _experts(c: TargetConfig, path: str, key: str) -> list[Leaf]:
     """Qwen's experts: one tensor for all of a layer, or one for each expert."""
     moe, dim = c.moe, c.hidden_size
     assert moe is not None
-    E, F = moe.num_experts, moe.intermediate_size
-    fused_in = (Piece(f"{key}.gate_up_proj", (E, 2 * F, dim), lambda leaf: (leaf.transpose(0, 2, 3, 1),)),)
+    E, F, by_expert = moe.num_experts, moe.intermediate_size, _by_expert(moe)
+    fused_in = (Piece(f"{key}.gate_up_proj", (E, 2 * F, dim), lambda leaf: (by_expert(leaf).transpose(0, 2, 3, 1),)),)
     fused_out = (Piece(f"{key}.down_proj", (E, dim, F), lambda leaf: (leaf.transpose(0, 2, 1),)),)
     each_in = tuple(
-        Piece(f"{key}.{e}.{name}_proj.weight", (F, dim), lambda leaf, e=e, i=i: (leaf[e, :, i].T,))
+        Piece(f"{key}.{e}.{name}_proj.weight", (F, dim), lambda leaf, e=e, i=i: (by_expert(leaf)[e, :, i].T,))
         for e in range(E)
         for i, name in enumerate(("gate", "up"))
     )
@@ -135,13 +144,15 @@ def _interleaved_experts(c: TargetConfig, path: str, key: str) -> list[Leaf]:
     """gpt_oss: gate and up columns alternate, matrices are [in, out]; in MXFP4 they are [out, in]."""
     moe, dim, experts = c.moe, c.hidden_size, f"{key}.experts"
     assert moe is not None
-    E, F = moe.num_experts, moe.intermediate_size
+    E, F, by_expert = moe.num_experts, moe.intermediate_size, _by_expert(moe)
 
     def packed(name: str, shape: tuple[int, ...], views) -> tuple[Piece]:
         return (Piece(f"{experts}.{name}_blocks", shape, views, scales=f"{experts}.{name}_scales"),)
 
-    gate_up = (Piece(f"{experts}.gate_up_proj", (E, dim, 2 * F), lambda leaf: (leaf.transpose(0, 1, 3, 2),)),)
-    gate_up_packed = packed("gate_up_proj", (E, 2 * F, dim), lambda leaf: (leaf.transpose(0, 3, 2, 1),))
+    gate_up = (
+        Piece(f"{experts}.gate_up_proj", (E, dim, 2 * F), lambda leaf: (by_expert(leaf).transpose(0, 1, 3, 2),)),
+    )
+    gate_up_packed = packed("gate_up_proj", (E, 2 * F, dim), lambda leaf: (by_expert(leaf).transpose(0, 3, 2, 1),))
     down = (Piece(f"{experts}.down_proj", (E, F, dim), lambda leaf: (leaf,)),)
     down_packed = packed("down_proj", (E, dim, F), lambda leaf: (leaf.transpose(0, 2, 1),))
     bias = (Piece(f"{experts}.gate_up_proj_bias", (E, 2 * F), lambda leaf: (leaf.transpose(0, 2, 1),)),)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dflash_jax.cache import DrafterCache, TargetCache, write_rows
+from dflash_jax.cache import DrafterCache, TargetCache
 from dflash_jax.decoding.acceptance import Accepted, accept
 from dflash_jax.decoding.proposal import plain_proposal, propose
 from dflash_jax.decoding.sampling import History, Sampling
@@ -106,11 +106,10 @@ def emit(state: DecodeState, tokens: Int[Array, "B W"], count: Int[Array, "B"]) 
     emitted = jnp.minimum(jnp.minimum(count, first_end), state.limit - state.known)
     known = state.known + emitted
     stopped = (first_end <= count) & (first_end <= emitted)
-    write = jax.vmap(lambda row, new, at, n: write_rows(row[None, :, None], new[None, :, None], at, n)[0, :, 0])
     added = jnp.arange(W) < emitted[:, None]
     return replace(
         state,
-        tokens=write(state.tokens, tokens, state.known, emitted),
+        tokens=jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(state.tokens, tokens, state.known, 0),
         known=known,
         finished=state.finished | stopped | (known >= state.limit),
         history=None if state.history is None else state.history.add(tokens, added),

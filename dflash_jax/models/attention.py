@@ -41,7 +41,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B W D"], cache: KeyValues, place: Place, deferred: bool
     ) -> tuple[Float[Array, "B W D"], KeyValues]:
-        """The rows' output, and their own keys and values (deferred) or the cache that has them."""
+        """The rows' output, and the cache with their keys and values behind the committed ones."""
         c = self.config
         B, W, _ = x.shape
         q, gate = self.q_proj(x).reshape(B, W, c.num_heads, -1), None
@@ -52,14 +52,11 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, place.rotation), rotate(k, place.rotation)
-        out = block_attention(
+        out, keys, values = block_attention(
             q, cache.keys, cache.values, k, v, place.lengths,
             causal=True, scale=c.head_dim**-0.5, window=self.window,
             sinks=None if self.sinks is None else self.sinks[...],
         )  # fmt: skip
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        rows = KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
-        if not deferred and cache.keys.shape[2]:
-            rows = cache.append(rows, place.lengths, place.count)
-        return self.o_proj(out.reshape(B, W, -1)), rows
+        return self.o_proj(out.reshape(B, W, -1)), KeyValues(keys, values)

@@ -133,7 +133,7 @@ class Drafter(nnx.Module):
     def _attend(self, i: int, h: Array, cache: KeyValues, lengths: Array, turn: Rotation) -> Array:
         c, (B, W, _) = self.config, h.shape
         q, k, v = self.heads(i, h)
-        out = block_attention(
+        out, *_ = block_attention(
             rotate(q, turn), cache.keys, cache.values, rotate(k, turn), v, lengths,
             causal=c.causal[i], scale=c.head_dim**-0.5, window=self.window(i),
         )  # fmt: skip

@@ -15,6 +15,38 @@ def clamped_swiglu(gate: Array, up: Array, limit: float) -> Array:
     return (jnp.clip(up, -limit, limit) + 1) * gate * jax.nn.sigmoid(1.702 * gate)
 
 
+def activate(moe: MoeConfig, h: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
+    """The experts' activation."""
+    gate, up = h[..., 0, :], h[..., 1, :]
+    return swiglu(gate, up) if moe.swiglu_limit is None else clamped_swiglu(gate, up, moe.swiglu_limit)
+
+
+class DenseExperts(nnx.Module):
+    """Few experts: all of them for every row, as two plain products; so the first one's kernel is [in, E, 2, F]."""
+
+    def __init__(self, dim: int, moe: MoeConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.moe = moe
+        init, E, F = nnx.initializers.normal(0.02), moe.num_experts, moe.intermediate_size
+        self.gate_up = nnx.Param(init(rngs.params(), (dim, E, 2, F), dtype))
+        self.down = nnx.Param(init(rngs.params(), (E, F, dim), dtype))
+        self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype)) if moe.bias else None
+        self.down_bias = nnx.Param(jnp.zeros((E, dim), dtype)) if moe.bias else None
+
+    def __call__(
+        self, x: Float[Array, "R D"], chosen: Int[Array, "R k"], weights: Float[Array, "R k"]
+    ) -> Float[Array, "R D"]:
+        """Sum over each row's chosen experts, weighted; the others' weight is 0."""
+        rows, gate_up = len(x), self.gate_up[...].astype(x.dtype)
+        one_hot = jax.nn.one_hot(chosen, self.moe.num_experts, dtype=x.dtype)
+        share = jnp.sum(one_hot * weights[..., None].astype(x.dtype), 1)  # [R E]
+        h = (x @ gate_up.reshape(x.shape[1], -1)).reshape(rows, *gate_up.shape[1:])
+        if self.gate_up_bias is not None:
+            h = h + self.gate_up_bias[...].astype(x.dtype)
+        h = (activate(self.moe, h) * share[..., None]).reshape(rows, -1)
+        y = h @ self.down[...].astype(x.dtype).reshape(h.shape[1], -1)
+        return y if self.down_bias is None else y + share @ self.down_bias[...].astype(x.dtype)
+
+
 class Experts(nnx.Module):
     """E expert MLPs in stacked arrays [E, in, out]."""
 
@@ -31,48 +63,23 @@ class Experts(nnx.Module):
     ) -> Float[Array, "R D"]:
         """Sum over each row's chosen experts, weighted.
 
-        Few experts: all of them as plain products, which costs less than picking. Few rows: only the chosen ones are
-        read. Else rows are grouped by expert.
+        Few rows: only the chosen experts are read. Else rows are grouped by expert.
         """
-        rows, k = chosen.shape
-        if self.moe.num_experts <= 4 * k:
-            return self._dense(x, chosen, weights)
-        if rows * k <= self.moe.num_experts:
-            return self._gathered(x, chosen, weights)
-        return self._grouped(x, chosen, weights)
-
-    def _activate(self, h: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
-        gate, up = h[..., 0, :], h[..., 1, :]
-        return swiglu(gate, up) if self.moe.swiglu_limit is None else clamped_swiglu(gate, up, self.moe.swiglu_limit)
-
-    def _in(self, x: Float[Array, "... R D"], kernel: Float[Array, "... D 2 F"]) -> Float[Array, "... R 2 F"]:
-        """x times each kernel of the batch; as a batched product no kernel is laid out anew."""
-        h = jnp.matmul(x, kernel.astype(x.dtype).reshape(*kernel.shape[:-2], -1))
-        return h.reshape(*h.shape[:-1], *kernel.shape[-2:])
+        few = chosen.size <= self.moe.num_experts
+        return self._gathered(x, chosen, weights) if few else self._grouped(x, chosen, weights)
 
     def _gathered(self, x: Array, chosen: Array, weights: Array) -> Array:
         """Each row's own expert matrices, gathered."""
-        h = self._in(x[:, None, None], self.gate_up[...][chosen])[:, :, 0]
+        kernel = self.gate_up[...][chosen].astype(x.dtype)  # [R k D 2 F]
+        h = jnp.matmul(x[:, None, None], kernel.reshape(*kernel.shape[:-2], -1)).reshape(
+            *chosen.shape, *kernel.shape[-2:]
+        )
         if self.gate_up_bias is not None:
             h = h + self.gate_up_bias[...][chosen]
-        y = jnp.matmul(self._activate(h)[:, :, None], self.down[...][chosen].astype(x.dtype))[:, :, 0]
+        y = jnp.matmul(activate(self.moe, h)[:, :, None], self.down[...][chosen].astype(x.dtype))[:, :, 0]
         if self.down_bias is not None:
             y = y + self.down_bias[...][chosen]
         return jnp.sum(y * weights[..., None].astype(x.dtype), 1)
-
-    def _dense(self, x: Array, chosen: Array, weights: Array) -> Array:
-        """All experts for all rows."""
-        one_hot = jax.nn.one_hot(chosen, self.moe.num_experts, dtype=x.dtype)
-        share = jnp.sum(one_hot * weights[..., None].astype(x.dtype), 1)  # [R E]
-        every = jnp.broadcast_to(x, (self.moe.num_experts, *x.shape))
-        # Without the barrier XLA makes one product of it, and lays all the kernels anew for it in every round.
-        h = self._in(jax.lax.optimization_barrier(every), self.gate_up[...])  # [E R 2 F]
-        if self.gate_up_bias is not None:
-            h = h + self.gate_up_bias[...][:, None]
-        h = self._activate(h) * share.T[..., None]
-        h = h.swapaxes(0, 1).reshape(len(x), -1)
-        y = h @ self.down[...].astype(x.dtype).reshape(h.shape[1], -1)
-        return y if self.down_bias is None else y + share @ self.down_bias[...].astype(x.dtype)
 
     def _grouped(self, x: Array, chosen: Array, weights: Array) -> Array:
         """Rows sorted by expert, one product a group."""
@@ -85,7 +92,7 @@ class Experts(nnx.Module):
         h = h.reshape(-1, *gate_up.shape[2:])
         if self.gate_up_bias is not None:
             h = h + self.gate_up_bias[...][expert]
-        y = jax.lax.ragged_dot(self._activate(h), down, sizes)
+        y = jax.lax.ragged_dot(activate(self.moe, h), down, sizes)
         if self.down_bias is not None:
             y = y + self.down_bias[...][expert]
         y = y * weights.reshape(-1)[order][:, None].astype(x.dtype)
@@ -98,7 +105,8 @@ class MoE(nnx.Module):
     def __init__(self, dim: int, moe: MoeConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.moe = moe
         self.router = linear(dim, moe.num_experts, bias=moe.bias, dtype=dtype, rngs=rngs)
-        self.experts = Experts(dim, moe, dtype=dtype, rngs=rngs)
+        experts = DenseExperts if moe.dense else Experts
+        self.experts = experts(dim, moe, dtype=dtype, rngs=rngs)
         shared = moe.shared_intermediate_size
         self.shared = MLP(dim, shared, dtype=dtype, rngs=rngs) if shared else None
         self.shared_gate = linear(dim, 1, dtype=dtype, rngs=rngs) if shared else None
