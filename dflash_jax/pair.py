@@ -19,7 +19,6 @@ from dflash_jax.models.target import Target
 from dflash_jax.text import Tokenizer, load_tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
-BREAK_EVEN = 2.2  # of the embedded pair on two CPU cores, by `make bench`
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class Pair:
     target: Target
     drafter: Drafter | None
     tokenizer: Tokenizer
-    break_even: float | None = None  # tokens that a drafted round must give to beat plain ones, where rows are not free
 
     @cached_property
     def split(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -98,8 +96,7 @@ def load(
         return Pair(model, None, tokenizer)
     drafter_config, drafter_model = load_drafter(find_folder(drafter, "drafter"), dtype)
     check_fit(config, drafter_config)
-    embedded_on_cpu = folder == EMBEDDED / "target" and jax.default_backend() == "cpu"
-    return Pair(model, drafter_model, tokenizer, break_even=BREAK_EVEN if embedded_on_cpu else None)
+    return Pair(model, drafter_model, tokenizer)
 
 
 def find_folder(name: str | Path, role: str) -> Path:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from dflash_jax.decoding.output import Generation, Output, Piece
 from dflash_jax.decoding.prefill import capacity, prefill
-from dflash_jax.decoding.round import DecodeState, adaptive_round
+from dflash_jax.decoding.round import DecodeState, decode_round
 from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
@@ -48,7 +48,7 @@ def run_rounds(
         return (carry[0] < rounds) & ~jnp.all(carry[1].finished)
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        return carry[0] + 1, adaptive_round(target, drafter, carry[1], sampling, width)
+        return carry[0] + 1, decode_round(target, drafter, carry[1], sampling, width)
 
     return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))[1]
 
@@ -80,8 +80,7 @@ def generate(
             one value for all prompts, or one for each (see `Sampling.build`). Temperature 0 is greedy.
         stop: texts and token ids that end a generation, beside the model's own end tokens.
         draft: False decodes plainly.
-        width: rows a round, the anchor included, 1 to the drafter's block size, which is the default. Where that was
-            measured to pay (`Pair.break_even`), the default for one prompt also takes plain rounds while drafts fail.
+        width: rows a round, the anchor included, 1 to the drafter's block size, which is the default.
 
     Raises:
         InputError: an empty or too long prompt, ids outside the vocabulary, or a setting out of its range.
@@ -151,7 +150,6 @@ class _Run:
         self.width = check_width(pair, draft, width)
         self.graph, self.weights = pair.split if self.width > 1 else pair.split_target
         self.sampling = Sampling.build(len(ids), config.vocab_size, **settings)
-        self.break_even = self._break_even(pair, width) if len(ids) == 1 else None
         lengths = np.array([len(i) for i in ids], np.int32)
         longest = config.max_position or np.iinfo(np.int32).max
         if lengths.max() >= longest:
@@ -168,21 +166,9 @@ class _Run:
         self.outputs = [Output(pair.tokenizer, int(n), self.stop_texts, set(ends)) for n in lengths]
         self.inputs = jax.device_put((tokens, lengths, limit, stops))
 
-    def _break_even(self, pair: Pair, width: int | None) -> jax.Array | None:
-        """Given, rounds are plain where drafting does not pay; None: a width that was asked for stays.
-
-        Tokens do not depend on the rounds they came from, except those that a selector's draws were accepted for.
-        """
-        drawn = self.sampling is not None and self.sampling.plan.random
-        if pair.break_even is None or width is not None or self.width == 1:
-            return None
-        if drawn and pair.drafter is not None and pair.drafter.selector is not None:
-            return None
-        return jax.device_put(np.float32(pair.break_even))
-
     def dispatches(self, rounds: Iterator[int]) -> Iterator[None]:
         """Prefill, then dispatches of rounds until all is finished; the host sees the output after each."""
-        state = prefill(self.graph, self.weights, *self.inputs, self.sampling, self.width, self.break_even)
+        state = prefill(self.graph, self.weights, *self.inputs, self.sampling, self.width)
         while True:
             done = self._look(state)
             yield

@@ -13,8 +13,7 @@ class Generation:
     """What one prompt became.
 
     tokens: generated ids, an ending stop token included. text: their text, cut before a stop string.
-    acceptance_lengths: tokens emitted in each round, the bonus included. The first token comes from the prefill, and
-        plain rounds that stand in for drafted ones (`Pair.break_even`) are not listed.
+    acceptance_lengths: tokens emitted in each round, the bonus included. The first token comes from the prefill.
     finish_reason: "stop" (a stop token or string) or "length" (`max_new_tokens`, or the model's last position).
     """
 
@@ -58,7 +57,7 @@ class Output:
         """For each token, whether the drafter had it: all of a round but the bonus."""
         flags = [False]
         for count in self.counts:
-            flags += [True] * (count - 1) + [False]  # a plain round's -1 gives one token
+            flags += [True] * (count - 1) + [False]
         return flags[: len(self.tokens)]
 
     def piece(self) -> Piece | None:
@@ -72,8 +71,8 @@ class Output:
         self.text += self.transcript.flush()
         lengths, left = [], len(self.tokens) - 1
         for count in self.counts:
-            if left > 0 and count > 0:
+            if left > 0:
                 lengths.append(min(count, left))
-            left -= abs(count)
+            left -= count
         stopped = self.transcript.stopped or (bool(self.tokens) and self.tokens[-1] in self.ends)
         return Generation(list(self.tokens), self.text, lengths, "stop" if stopped else "length")

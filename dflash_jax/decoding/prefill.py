@@ -5,12 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dflash_jax.cache import DrafterCache, TargetCache
 from dflash_jax.decoding.round import DecodeState, emit
 from dflash_jax.decoding.sampling import History, Sampling, draw
-from dflash_jax.decoding.width import Controller
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 
@@ -35,12 +34,10 @@ def prefill(
     stops: Int[Array, "B E"],
     sampling: Sampling | None,
     width: int,
-    break_even: Float[Array, ""] | None = None,
 ) -> DecodeState:
     """Run the prompts through target and drafter, chunk by chunk, and draw the first token.
 
-    S is the capacity; `width` is the number of rows of the rounds to come, which are fixed unless `break_even` is given
-    (see `Controller`).
+    S is the capacity; `width` is the number of rows of the rounds to come.
     """
     target, drafter = nnx.merge(graph, weights)
     B, S = prompts.shape
@@ -63,7 +60,6 @@ def prefill(
         counts=jnp.zeros((B, S), jnp.int32),
         rounds=jnp.zeros(B, jnp.int32),
         history=History.start(prompts, lengths, target.config.vocab_size) if penalised else None,
-        controller=None if break_even is None else Controller.start(break_even),
     )
     anchors = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
     first = draw(target.head(last)[:, None], lengths[:, None], sampling, state.history, anchors)

@@ -10,7 +10,6 @@ from dflash_jax.cache import DrafterCache, TargetCache
 from dflash_jax.decoding.acceptance import Accepted, accept
 from dflash_jax.decoding.proposal import plain_proposal, propose
 from dflash_jax.decoding.sampling import History, Sampling
-from dflash_jax.decoding.width import Controller
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Forward, Target
 
@@ -30,10 +29,9 @@ class DecodeState:
     limit: Int[Array, "B"]  # how many may be
     stops: Int[Array, "B E"]  # tokens that end a request; -1 is padding
     finished: Bool[Array, "B"]
-    counts: Int[Array, "B S"]  # rows accepted in each round, the anchor's included; -1: a plain round amid drafted ones
+    counts: Int[Array, "B S"]  # rows accepted in each round, the anchor's included
     rounds: Int[Array, "B"]
     history: History | None
-    controller: Controller | None  # None: every round drafts
 
 
 def decode_round(
@@ -57,33 +55,11 @@ def decode_round(
         return commit(state, drafter, forward, accepted)
 
 
-def adaptive_round(
-    target: Target, drafter: Drafter | None, state: DecodeState, sampling: Sampling | None, width: int
-) -> DecodeState:
-    """A drafted round, and behind it the plain ones that the controller expects more of than of drafting again."""
-    after = decode_round(target, drafter, state, sampling, width)
-    if state.controller is None:
-        return after
-    tokens = jnp.sum(after.known - state.known) / jnp.maximum(jnp.sum(~state.finished), 1)
-    controller = state.controller.after_drafted(tokens)
-
-    def plain(carry: tuple[DecodeState, Controller]) -> tuple[DecodeState, Controller]:
-        return decode_round(target, drafter, carry[0], sampling, 1), carry[1].after_plain()
-
-    def waiting(carry: tuple[DecodeState, Controller]) -> Array:
-        return (carry[1].wait > 0) & ~jnp.all(carry[0].finished)
-
-    # A loop and no `lax.cond`: its branches would hand the caches over by copying them.
-    after, controller = jax.lax.while_loop(waiting, plain, (after, controller))
-    return replace(after, controller=controller)
-
-
 def commit(state: DecodeState, drafter: Drafter | None, forward: Forward, accepted: Accepted) -> DecodeState:
     """Make the accepted rows part of the caches and their tokens part of the output."""
     running = ~state.finished
     count = jnp.where(running, accepted.count, 0)
     draft_cache = state.draft_cache
-    plain = drafter is not None and accepted.emitted.shape[1] == 1
     if drafter is not None and draft_cache is not None:
         context = drafter.context(forward.taps, state.cache.lengths)
         draft_cache = draft_cache.commit(context, state.cache.lengths, count)
@@ -92,7 +68,7 @@ def commit(state: DecodeState, drafter: Drafter | None, forward: Forward, accept
         state,
         cache=state.cache.commit(forward.layers, count),
         draft_cache=draft_cache,
-        counts=jnp.where(this_round, -1 if plain else count[:, None], state.counts),
+        counts=jnp.where(this_round, count[:, None], state.counts),
         rounds=state.rounds + running,
     )
     return emit(state, accepted.emitted, count)

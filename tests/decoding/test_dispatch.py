@@ -37,13 +37,13 @@ def test_a_transfer_would_be_seen(monkeypatch):
     *arguments, rounds, width = begin({})
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         run_rounds(*arguments, np.asarray(rounds), width)
-    right = generate_module.adaptive_round
+    right = generate_module.decode_round
 
     def peeping(target, drafter, state, *rest):
         jax.debug.callback(lambda known: None, state.known)
         return right(target, drafter, state, *rest)
 
-    monkeypatch.setattr(generate_module, "adaptive_round", peeping)
+    monkeypatch.setattr(generate_module, "decode_round", peeping)
     run_rounds.clear_cache()
     text = run_rounds.lower(*arguments, rounds, width).as_text()
     run_rounds.clear_cache()
