@@ -71,8 +71,7 @@ class Recurrence:
 
     def commit(self, rows: DeferredRows, lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "Recurrence":
         """The first `count[b]` rows of the block become pending."""
-        pending = rows.rows.commit(count).padded(self.pending.weight.shape[-1])
-        return Recurrence(state=rows.state, conv=self._tail(rows.history, count), pending=pending)
+        return Recurrence(state=rows.state, conv=self._tail(rows.history, count), pending=rows.rows.commit(count))
 
     def _tail(self, history: Array, count: Int[Array, "B"]) -> Array:
         """The last inputs of the convolution once `count[b]` rows are committed."""

@@ -25,7 +25,7 @@ class OptimizerConfig:
     AdamW. Its updates are scaled to AdamW's size, so that one learning rate serves both.
 
     Args:
-        method: a drafter learns two to three times as fast by "muon"
+        method: a drafter learns about twice as fast by "muon"
         learning_rate: the peak
         warmup: fraction of all steps spent warming up
         final: the last learning rate as a fraction of the peak

@@ -21,39 +21,14 @@ def activate(moe: MoeConfig, h: Float[Array, "... 2 F"]) -> Float[Array, "... F"
     return swiglu(gate, up) if moe.swiglu_limit is None else clamped_swiglu(gate, up, moe.swiglu_limit)
 
 
-class DenseExperts(nnx.Module):
-    """Few experts: all of them for every row, as two plain products; so the first one's kernel is [in, E, 2, F]."""
-
-    def __init__(self, dim: int, moe: MoeConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.moe = moe
-        init, E, F = nnx.initializers.normal(0.02), moe.num_experts, moe.intermediate_size
-        self.gate_up = nnx.Param(init(rngs.params(), (dim, E, 2, F), dtype))
-        self.down = nnx.Param(init(rngs.params(), (E, F, dim), dtype))
-        self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype)) if moe.bias else None
-        self.down_bias = nnx.Param(jnp.zeros((E, dim), dtype)) if moe.bias else None
-
-    def __call__(
-        self, x: Float[Array, "R D"], chosen: Int[Array, "R k"], weights: Float[Array, "R k"]
-    ) -> Float[Array, "R D"]:
-        """Sum over each row's chosen experts, weighted; the others' weight is 0."""
-        rows, gate_up = len(x), self.gate_up[...].astype(x.dtype)
-        one_hot = jax.nn.one_hot(chosen, self.moe.num_experts, dtype=x.dtype)
-        share = jnp.sum(one_hot * weights[..., None].astype(x.dtype), 1)  # [R E]
-        h = (x @ gate_up.reshape(x.shape[1], -1)).reshape(rows, *gate_up.shape[1:])
-        if self.gate_up_bias is not None:
-            h = h + self.gate_up_bias[...].astype(x.dtype)
-        h = (activate(self.moe, h) * share[..., None]).reshape(rows, -1)
-        y = h @ self.down[...].astype(x.dtype).reshape(h.shape[1], -1)
-        return y if self.down_bias is None else y + share @ self.down_bias[...].astype(x.dtype)
-
-
 class Experts(nnx.Module):
-    """E expert MLPs in stacked arrays [E, in, out]."""
+    """E expert MLPs in stacked arrays [E, in, out]; of few (see `DenseExperts`) gate_up is [in, E, 2, F]."""
 
     def __init__(self, dim: int, moe: MoeConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.moe = moe
         init, E, F = nnx.initializers.normal(0.02), moe.num_experts, moe.intermediate_size
-        self.gate_up = nnx.Param(init(rngs.params(), (E, dim, 2, F), dtype))
+        leading = (dim, E) if moe.dense else (E, dim)
+        self.gate_up = nnx.Param(init(rngs.params(), (*leading, 2, F), dtype))
         self.down = nnx.Param(init(rngs.params(), (E, F, dim), dtype))
         self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype)) if moe.bias else None
         self.down_bias = nnx.Param(jnp.zeros((E, dim), dtype)) if moe.bias else None
@@ -97,6 +72,24 @@ class Experts(nnx.Module):
             y = y + self.down_bias[...][expert]
         y = y * weights.reshape(-1)[order][:, None].astype(x.dtype)
         return jnp.zeros((rows, x.shape[1]), x.dtype).at[order // k].add(y)
+
+
+class DenseExperts(Experts):
+    """Few experts: all of them for every row, as two plain products; so the first one's kernel is [in, E, 2, F]."""
+
+    def __call__(
+        self, x: Float[Array, "R D"], chosen: Int[Array, "R k"], weights: Float[Array, "R k"]
+    ) -> Float[Array, "R D"]:
+        """Sum over each row's chosen experts, weighted; the others' weight is 0."""
+        rows, gate_up = len(x), self.gate_up[...].astype(x.dtype)
+        one_hot = jax.nn.one_hot(chosen, self.moe.num_experts, dtype=x.dtype)
+        share = jnp.sum(one_hot * weights[..., None].astype(x.dtype), 1)  # [R E]
+        h = (x @ gate_up.reshape(x.shape[1], -1)).reshape(rows, *gate_up.shape[1:])
+        if self.gate_up_bias is not None:
+            h = h + self.gate_up_bias[...].astype(x.dtype)
+        h = (activate(self.moe, h) * share[..., None]).reshape(rows, -1)
+        y = h @ self.down[...].astype(x.dtype).reshape(h.shape[1], -1)
+        return y if self.down_bias is None else y + share @ self.down_bias[...].astype(x.dtype)
 
 
 class MoE(nnx.Module):

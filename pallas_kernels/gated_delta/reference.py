@@ -40,14 +40,6 @@ class Pending:
             fold=jnp.ones((batch, v_heads)),
         )
 
-    def padded(self, rows: int) -> "Pending":
-        """Room for `rows` rows; the added ones weigh nothing."""
-        more = rows - self.weight.shape[-1]
-        if not more:
-            return self
-        k, u = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (self.k, self.u))
-        return Pending(k=k, u=u, weight=jnp.pad(self.weight, ((0, 0), (0, 0), (0, more))), fold=self.fold)
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
