@@ -1,21 +1,29 @@
 """The DFlash loop in plain PyTorch, the way published reference code is written: what this project is measured against.
 
-A target of transformers with its DynamicCache, a drafter that keeps its own keys and values, a Python loop over rounds.
+Target and drafter are built from the modules of transformers, each with its DynamicCache; a Python loop over rounds.
 One sequence, greedy. It reads the published drafter layout, DFlash and DFlash 2, and drafts and accepts what recorded
 runs of the reference implementation did (tests/test_benchmarks.py).
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import (
+    ALL_ATTENTION_FUNCTIONS,
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,106 +34,131 @@ class Output:
     acceptance_lengths: list[int]
 
 
-class Drafter:
+class DraftAttention(nn.Module):
+    """Queries of the block; keys and values of the context since the last round, and of the block."""
+
+    def __init__(self, config: Qwen3Config, i: int) -> None:
+        super().__init__()
+        self.i, self.config, self.head_dim = i, config, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = False
+        size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (Qwen3RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+
+    def forward(self, h: Tensor, context: Tensor, cos_sin: Any, mask: Any, cache: DynamicCache) -> Tensor:
+        k = torch.cat([self.k_proj(context), self.k_proj(h)], 1).unflatten(-1, (-1, self.head_dim))
+        v = torch.cat([self.v_proj(context), self.v_proj(h)], 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = self.q_norm(self.q_proj(h).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        k = self.k_norm(k).transpose(1, 2)
+        cos, sin = cos_sin
+        q, _ = apply_rotary_pos_emb(q, q, cos[:, -q.shape[2] :], sin[:, -q.shape[2] :])
+        k, _ = apply_rotary_pos_emb(k, k, cos, sin)
+        k, v = cache.update(k, v, self.i)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.head_dim**-0.5)
+        return self.o_proj(out.flatten(2))
+
+
+class Convolution(nn.Module):
+    """DFlash 2's pair of two-tap convolutions around a sub-layer, their kernels made from its input."""
+
+    def __init__(self, dim: int, groups: int) -> None:
+        super().__init__()
+        self.base_kernel = nn.Parameter(torch.empty(2, 2, dim))  # [before or after, tap, D]
+        self.kernel_projection = nn.Linear(dim, 4 * groups, bias=False)
+
+    def forward(self, h: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        dynamic = self.kernel_projection(h).unflatten(-1, (2, 2, -1))
+        repeats = self.base_kernel.shape[-1] // dynamic.shape[-1]
+        kernels = self.base_kernel + dynamic.repeat_interleave(repeats, -1)  # [1, rows, 2, 2, D]
+        return self._apply(kernels[:, :, 1], sublayer(self._apply(kernels[:, :, 0], h)))
+
+    def _apply(self, kernel: Tensor, x: Tensor) -> Tensor:
+        return kernel[:, :, 0] * x + kernel[:, :, 1] * F.pad(x, (0, 0, 1, -1))
+
+
+class DraftLayer(nn.Module):
+    """Attention and MLP with their norms, and in DFlash 2 a convolution around each."""
+
+    def __init__(self, config: Qwen3Config, i: int, groups: int) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.self_attn, self.mlp = DraftAttention(config, i), Qwen3MLP(config)
+        self.input_layernorm, self.post_attention_layernorm = (Qwen3RMSNorm(dim, config.rms_norm_eps) for _ in "12")
+        self.attention_conv, self.mlp_conv = (Convolution(dim, groups) if groups else None for _ in range(2))
+
+    def forward(self, x: Tensor, context: Tensor, cos_sin: Any, mask: Any, cache: DynamicCache) -> Tensor:
+        def attend(h: Tensor) -> Tensor:
+            return self.self_attn(h, context, cos_sin, mask, cache)
+
+        h = self.input_layernorm(x)
+        x = x + (self.attention_conv(h, attend) if self.attention_conv else attend(h))
+        h = self.post_attention_layernorm(x)
+        return x + (self.mlp_conv(h, self.mlp) if self.mlp_conv else self.mlp(h))
+
+
+class Drafter(nn.Module):
     """A DFlash or DFlash 2 drafter: `draft` gives one block; keys and values of committed positions are kept."""
 
     def __init__(self, folder: Path) -> None:
-        self.weights = load_file(folder / "model.safetensors")
-        config = json.loads((folder / "config.json").read_text())
-        settings = config["dflash_config"]
-        self.layer_types: list[str] = config["layer_types"]
-        self.window: int | None = config["sliding_window"]
-        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.head_dim, self.eps = config["head_dim"], config["rms_norm_eps"]
-        self.block_size: int = config["block_size"]
+        super().__init__()
+        weights = load_file(folder / "model.safetensors")
+        raw = json.loads((folder / "config.json").read_text())
+        settings = raw["dflash_config"]
+        config = Qwen3Config(**raw)
+        config._attn_implementation = "sdpa"
+        self.layer_types: list[str] = raw["layer_types"]
+        self.window: int | None = raw["sliding_window"]
+        self.block_size: int = raw["block_size"]
         self.taps: list[int] = settings["target_layer_ids"]
         self.mask_token: int = settings["mask_token_id"]
         self.selector_top_k: int = settings.get("selector_top_k", 0)
-        self.rotary = Qwen3RotaryEmbedding(Qwen3Config(**config))
-        self.reset()
+        kernels = weights.get("layers.0.mlp_conv.kernel_projection.weight")
+        groups = 0 if kernels is None else len(kernels) // 4
+        self.layers = nn.ModuleList(DraftLayer(config, i, groups) for i in range(len(self.layer_types)))
+        self.fc = nn.Linear(len(self.taps) * config.hidden_size, config.hidden_size, bias=False)
+        self.norm, self.hidden_norm = (Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2))
+        self.rotary = Qwen3RotaryEmbedding(config)
+        self.selector = {name: weights.pop(name) for name in list(weights) if name.startswith("candidate_selector.")}
+        self.load_state_dict(weights)
+        self.eval().reset()
 
     def reset(self) -> None:
         """Forget the sequence."""
-        empty = torch.zeros(1, self.kv_heads, 0, self.head_dim)
-        self.cache = [(empty, empty) for _ in self.layer_types]
+        self.cache = DynamicCache()
 
-    def draft(self, features: torch.Tensor, anchor: int, target: Any) -> list[int]:
+    def draft(self, features: Tensor, anchor: int, target: Any) -> list[int]:
         """block_size - 1 tokens after `anchor`; `features` [1, rows, taps*D]: taps of the rows committed since."""
         block = torch.tensor([[anchor] + [self.mask_token] * (self.block_size - 1)])
-        context = self._norm(F.linear(features, self.weights["fc.weight"]), "hidden_norm")
+        context = self.hidden_norm(self.fc(features))
         x = target.get_input_embeddings()(block)
-        start = self.cache[0][0].shape[2]
-        end = start + context.shape[1] + self.block_size
-        cos_sin = self.rotary(x, torch.arange(start, end)[None])
-        masks = self._masks(start + context.shape[1])
-        for i, kind in enumerate(self.layer_types):
-            x = self._layer(i, x, context, cos_sin, masks[kind])
-        hidden = self._norm(x, "norm")[:, 1:]
+        start = self.cache.get_seq_length()
+        committed = start + context.shape[1]
+        cos_sin = self.rotary(x, torch.arange(start, committed + self.block_size)[None])
+        masks = self._masks(committed)
+        for layer, kind in zip(self.layers, self.layer_types, strict=True):
+            x = layer(x, context, cos_sin, masks[kind], self.cache)
+        self.cache.crop(-self.block_size)
+        hidden = self.norm(x)[:, 1:]
         logits = target.get_output_embeddings()(hidden)
         if self.selector_top_k:
             return self._select(hidden[0], logits[0], anchor)
         return logits[0].argmax(-1).tolist()
 
-    def _masks(self, context: int) -> dict[str, torch.Tensor | None]:
+    def _masks(self, context: int) -> dict[str, Tensor | None]:
         """What the block's rows see of the context and of one another: sliding layers are causal in the block."""
         rows = torch.arange(context, context + self.block_size)[:, None]
         columns = torch.arange(context + self.block_size)[None]
-        sliding = None if self.window is None else (columns <= rows) & (columns > rows - self.window)
+        sliding = None if self.window is None else ((columns <= rows) & (columns > rows - self.window))[None, None]
         return {"full_attention": None, "sliding_attention": sliding}
 
-    def _layer(self, i: int, x: torch.Tensor, context: torch.Tensor, cos_sin: Any, mask: Any) -> torch.Tensor:
-        h = self._norm(x, f"layers.{i}.input_layernorm")
-        before, after = self._convolutions(f"layers.{i}.attention_conv", h)
-        x = x + after(self._attention(i, before(h), context, cos_sin, mask))
-        h = self._norm(x, f"layers.{i}.post_attention_layernorm")
-        before, after = self._convolutions(f"layers.{i}.mlp_conv", h)
-        return x + after(self._mlp(f"layers.{i}.mlp", before(h)))
-
-    def _attention(self, i: int, h: torch.Tensor, context: torch.Tensor, cos_sin: Any, mask: Any) -> torch.Tensor:
-        name = f"layers.{i}.self_attn"
-        rows = torch.cat([context, h], 1)
-        q = self._norm(self._heads(h, f"{name}.q_proj", self.heads), f"{name}.q_norm")
-        k = self._norm(self._heads(rows, f"{name}.k_proj", self.kv_heads), f"{name}.k_norm")
-        v = self._heads(rows, f"{name}.v_proj", self.kv_heads)
-        cos, sin = cos_sin
-        q, _ = apply_rotary_pos_emb(q, q, cos[:, -q.shape[2] :], sin[:, -q.shape[2] :])
-        k, _ = apply_rotary_pos_emb(k, k, cos, sin)
-        keys, values = torch.cat([self.cache[i][0], k], 2), torch.cat([self.cache[i][1], v], 2)
-        kept = keys.shape[2] - self.block_size
-        self.cache[i] = keys[:, :, :kept], values[:, :, :kept]
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
-        return F.linear(out.transpose(1, 2).flatten(2), self.weights[f"{name}.o_proj.weight"])
-
-    def _heads(self, x: torch.Tensor, name: str, heads: int) -> torch.Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"]).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
-
-    def _mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        w = self.weights
-        gate, up = F.linear(x, w[f"{name}.gate_proj.weight"]), F.linear(x, w[f"{name}.up_proj.weight"])
-        return F.linear(F.silu(gate) * up, w[f"{name}.down_proj.weight"])
-
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = self.weights[f"{name}.weight"]
-        return F.rms_norm(x, weight.shape, weight, self.eps)
-
-    def _convolutions(self, name: str, h: torch.Tensor) -> Any:
-        """DFlash 2's two convolutions around a sub-layer; the identity, twice, in a DFlash drafter."""
-        if f"{name}.base_kernel" not in self.weights:
-            return (lambda x: x), (lambda x: x)
-        base = self.weights[f"{name}.base_kernel"]  # [before or after, tap, D]
-        dynamic = F.linear(h, self.weights[f"{name}.kernel_projection.weight"]).unflatten(-1, (2, 2, -1))
-        kernels = base + dynamic.repeat_interleave(base.shape[-1] // dynamic.shape[-1], -1)  # [1, rows, 2, 2, D]
-
-        def convolution(which: int) -> Any:
-            return lambda x: kernels[:, :, which, 0] * x + kernels[:, :, which, 1] * F.pad(x, (0, 0, 1, -1))
-
-        return convolution(0), convolution(1)
-
-    def _select(self, hidden: torch.Tensor, logits: torch.Tensor, anchor: int) -> list[int]:
+    def _select(self, hidden: Tensor, logits: Tensor, anchor: int) -> list[int]:
         """DFlash 2's walk from the anchor through the best candidates of each row."""
-        w = {
-            name.split(".")[1]: value for name, value in self.weights.items() if name.startswith("candidate_selector.")
-        }
+        w = {name.split(".")[1]: weight for name, weight in self.selector.items()}
         scores, candidates = logits.topk(self.selector_top_k, -1)
         states = F.linear(hidden, w["hidden_projection"])
         tokens, previous = [], anchor
@@ -165,7 +198,7 @@ class Reference:
             features = features[:, : accepted + 1]  # of the anchor and the accepted rows
         return Output(tokens[len(prompt) :][:max_new_tokens], lengths)
 
-    def _forward(self, tokens: list[int], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, tokens: list[int], cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """(logits [rows, V], taps [1, rows, taps*D]) of new rows."""
         out = self.target(
             torch.tensor([tokens]), past_key_values=cache, use_cache=True, output_hidden_states=True, return_dict=True
