@@ -37,7 +37,7 @@ class Output:
 class DraftAttention(nn.Module):
     """Queries of the block; keys and values of the context since the last round, and of the block."""
 
-    def __init__(self, config: Qwen3Config, i: int) -> None:
+    def __init__(self, config: Any, i: int) -> None:
         super().__init__()
         self.i, self.config, self.head_dim = i, config, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -75,9 +75,9 @@ class Convolution(nn.Module):
         dynamic = self.kernel_projection(h).unflatten(-1, (2, 2, -1))
         repeats = self.base_kernel.shape[-1] // dynamic.shape[-1]
         kernels = self.base_kernel + dynamic.repeat_interleave(repeats, -1)  # [1, rows, 2, 2, D]
-        return self._apply(kernels[:, :, 1], sublayer(self._apply(kernels[:, :, 0], h)))
+        return self._convolve(kernels[:, :, 1], sublayer(self._convolve(kernels[:, :, 0], h)))
 
-    def _apply(self, kernel: Tensor, x: Tensor) -> Tensor:
+    def _convolve(self, kernel: Tensor, x: Tensor) -> Tensor:
         return kernel[:, :, 0] * x + kernel[:, :, 1] * F.pad(x, (0, 0, 1, -1))
 
 
