@@ -64,10 +64,8 @@ def write_pair(folder: Path) -> None:
         noise = rng.normal(size=x.shape) * (0.1 if x.ndim == 1 else 1.2 / np.sqrt(x.shape[-2]))
         return jnp.asarray(noise + (x.ndim == 1), x.dtype)
 
-    models = (
-        Target(TargetConfig.from_dict(TARGET), rngs=nnx.Rngs(0)),
-        Drafter(DrafterConfig.from_dict(DRAFTER), rngs=nnx.Rngs(1)),
-    )
+    target = Target(TargetConfig.from_dict(TARGET), rngs=nnx.Rngs(0))
+    drafter = Drafter(DrafterConfig.from_dict(DRAFTER), rngs=nnx.Rngs(1))
     for model, save, name in ((target, save_target, "target"), (drafter, save_drafter, "drafter")):
         graph, state = nnx.split(model)
         save(nnx.merge(graph, jax.tree.map(leaf, state)), folder / name)
