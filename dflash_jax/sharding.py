@@ -55,6 +55,17 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
 
 
+def mesh_sizes(text: str) -> dict[str, int]:
+    """`expert=4,tensor=2` as a person writes it, for `make_mesh`. InputError for anything else."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or not size.isdecimal() or name in sizes:
+            raise InputError(f"the mesh is {text!r}; give sizes of {', '.join(MESH_AXES)}, as in expert=4,tensor=2")
+        sizes[name] = int(size)
+    return sizes
+
+
 def check_mesh(mesh: Mesh) -> Mesh:
     """The mesh with axes that the compiler partitions; InputError for axes that are not in the rules."""
     if strange := [name for name in mesh.axis_names if name not in MESH_AXES]:

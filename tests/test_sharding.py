@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from dflash_jax.checkpoints import load_target
 from dflash_jax.errors import InputError
 from dflash_jax.pair import load
-from dflash_jax.sharding import make_mesh, spec
+from dflash_jax.sharding import make_mesh, mesh_sizes, spec
 from tests import sharded
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +46,14 @@ def test_few_kv_heads_are_whole_on_every_device():
 def test_what_does_not_fit_is_named(axes, shape, sizes, message):
     with pytest.raises(InputError, match=message):
         spec(axes, shape, sizes)
+
+
+def test_a_mesh_in_words():
+    assert mesh_sizes("expert=4,tensor=2") == {"expert": 4, "tensor": 2}
+    assert mesh_sizes("") == {}
+    for text in ("experts=4", "expert", "expert=x", "tensor=2,tensor=2"):
+        with pytest.raises(InputError, match="as in expert=4,tensor=2"):
+            mesh_sizes(text)
 
 
 def test_bad_meshes_are_refused():

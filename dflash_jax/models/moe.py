@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.config import MoeConfig
 from dflash_jax.models.layers import MLP, linear, swiglu
 from dflash_jax.sharding import per_shard, position, total
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -67,11 +68,14 @@ class Experts(nnx.Module):
     def _product(self, x: Array, chosen: Array, weights: Array, *params: Any) -> Array:
         """`chosen` counts from the first of the E experts here; others are below 0 or above E - 1.
 
-        Few rows: only the chosen experts are read. Else rows are grouped by expert.
+        Rows are grouped by expert; few rows on the CPU take each their own experts, which reads no others.
         """
         here = (chosen >= 0) & (chosen < len(params[1]))
         few = chosen.size <= len(params[1])
-        return (self._gathered if few else self._grouped)(x, chosen, jnp.where(here, weights, 0), here, *params)
+        return dispatch(
+            None, x, chosen, jnp.where(here, weights, 0), here, *params,
+            reference=self._gathered if few else self._grouped, tpu=self._grouped, gpu=self._grouped,
+        )  # fmt: skip
 
     def _gathered(
         self, x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any
