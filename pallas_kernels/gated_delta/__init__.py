@@ -8,10 +8,11 @@ the block.
 
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.gated_delta import reference
+from pallas_kernels.gated_delta import reference, tpu, tpu_prefill
 from pallas_kernels.gated_delta.pending import Pending, Rows, conv_tail
 from pallas_kernels.gated_delta.reference import fold
 
@@ -48,7 +49,9 @@ def gated_delta_block(
         ValueError: the implementation asked for does not take these shapes.
     """
     arguments: tuple[Any, ...] = (state, pending, tail, mixed, b, a, taps, A_log, dt_bias, parents)
-    return dispatch(implementation, *arguments, reference=reference.gated_delta_block)
+    fits = _fits_tpu(state, mixed) and mixed.shape[1] <= tpu.MOST_ROWS
+    kernel = tpu.gated_delta_block if fits else None
+    return dispatch(implementation, *arguments, reference=reference.gated_delta_block, tpu=kernel)
 
 
 def gated_delta_prefill(
@@ -70,4 +73,10 @@ def gated_delta_prefill(
     Arguments as for `gated_delta_block`. Rows past the count may hold anything.
     """
     arguments: tuple[Any, ...] = (state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count)
-    return dispatch(implementation, *arguments, reference=reference.gated_delta_prefill)
+    kernel = tpu_prefill.gated_delta_prefill if _fits_tpu(state, mixed) else None
+    return dispatch(implementation, *arguments, reference=reference.gated_delta_prefill, tpu=kernel)
+
+
+def _fits_tpu(state: Array, mixed: Array) -> bool:
+    """Head sizes fill whole lanes, as those of all published models do."""
+    return not (state.shape[2] % 128 or state.shape[3] % 128) and mixed.dtype in (jnp.float32, jnp.bfloat16)
