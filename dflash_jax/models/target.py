@@ -13,8 +13,10 @@ from dflash_jax.cache import TargetCache
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.attention import Attention, Place
 from dflash_jax.models.gated_delta import GatedDelta
+from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, linear, rotation
 from dflash_jax.models.moe import MoE
+from pallas_kernels.head_sampling import Projection
 
 
 @jax.tree_util.register_dataclass
@@ -111,12 +113,9 @@ class Target(nnx.Module):
         cache = TargetCache.empty(self.config, batch, 0, 1, self.embed.embedding.dtype)
         return self(tokens, cache, jnp.full(batch, length), tap_ids=tap_ids, deferred=False)
 
-    def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Logits in fp32."""
+    @property
+    def head(self) -> Head:
+        """The vocabulary product; call it for logits."""
         if self.lm_head is None:
-            return jnp.einsum(
-                "...d,vd->...v", hidden, self.embed.embedding[...].astype(hidden.dtype),
-                preferred_element_type=jnp.float32,
-            )  # fmt: skip
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+            return Head(self.embed.embedding[...], Projection("vd"))
+        return Head(self.lm_head.kernel[...], Projection("dv"))
