@@ -6,7 +6,7 @@ they are, so the static `SamplingPlan` (which steps are compiled at all) changes
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from dflash_jax.errors import InputError
 
 LARGEST_TOP_K = 64  # that is drawn from the largest logits alone
+SLOTS = (32, 128)  # how many of these are kept: few sizes, so few compilations
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ class Sampling:
             penalties=bool(np.any(values["repetition_penalty"] != 1))
             or bool(np.any(values["presence_penalty"]) or np.any(values["frequency_penalty"])),
             bias=bias is not None,
-            slots=_slots(values["top_k"][values["temperature"] > 0]),
         )
+        if plan.filters and not (plan.penalties or plan.bias):
+            plan = replace(plan, slots=_slots(values["top_k"][values["temperature"] > 0]))
         if not (plan.random or plan.penalties or plan.bias):
             return None
         arrays = {name: jnp.asarray(value) for name, value in values.items()}
@@ -116,7 +118,7 @@ def _slots(top_k: np.ndarray) -> int:
     """The smallest size that is more than every top-k (so ties that do not fit are seen), or 0 where one is off."""
     if not top_k.size or not np.all((top_k > 0) & (top_k <= LARGEST_TOP_K)):
         return 0
-    return next(size for size in (16, 32, 64, 128) if size > top_k.max())
+    return next(size for size in SLOTS if size > top_k.max())
 
 
 @jax.tree_util.register_dataclass

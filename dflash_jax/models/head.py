@@ -23,7 +23,7 @@ class Head:
     @property
     def vocab(self) -> int:
         """Tokens in the vocabulary."""
-        return self.weight.shape[1 if self.projection.layout == "dv" else 0]
+        return self.projection.sizes(self.weight)[1]
 
     def sample(
         self,

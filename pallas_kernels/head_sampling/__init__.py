@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.head_sampling import reference
+from pallas_kernels.head_sampling import reference, tpu
 from pallas_kernels.head_sampling.combine import combine
 from pallas_kernels.head_sampling.reference import Layout, Projection, Samples, best, logits
 
@@ -46,7 +46,7 @@ def head_sampling(
     Raises:
         ValueError: keys without a temperature, slots that the vocabulary does not have, or widths that differ.
     """
-    model, size = weight.shape if projection.layout == "dv" else weight.shape[::-1]
+    model, size = projection.sizes(weight)
     if model != hidden.shape[1]:
         raise ValueError(f"rows have {hidden.shape[1]} columns and the {projection.layout} matrix takes {model}")
     if keys is not None and temperature is None:
@@ -57,7 +57,12 @@ def head_sampling(
         start = jnp.zeros((), jnp.int32) if axis_name is None else jax.lax.axis_index(axis_name) * jnp.int32(size)
     static = {"projection": projection, "slots": slots, "vocab": vocab}
     arguments = hidden, weight, given, temperature, keys, start
-    out = dispatch(implementation, *arguments, reference=partial(reference.sample, **static))
+    out = dispatch(
+        implementation,
+        *arguments,
+        reference=partial(reference.sample, **static),
+        tpu=partial(tpu.sample, **static) if slots <= tpu.LANES else None,
+    )
     if axis_name is None:
         return out
     return combine(jax.lax.all_gather(out, axis_name), temperature, keys, slots)

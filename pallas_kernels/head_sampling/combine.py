@@ -18,7 +18,7 @@ def combine(
     values, places = jax.lax.top_k(_rows(shards.values), min(slots, _rows(shards.values).shape[-1]))
     total = drawn_ids = drawn_logits = None
     if shards.total is not None and temperature is not None:
-        total = jnp.sum(shards.total.T * jnp.exp(warm(tops.T, top, temperature)), -1)
+        total = jnp.sum(shards.total.T * jnp.exp(warm(tops.T, top, temperature[:, None])), -1)
     if (
         shards.drawn_ids is not None
         and shards.drawn_logits is not None
@@ -26,7 +26,7 @@ def combine(
         and temperature is not None
     ):
         ids, drawn = _rows(shards.drawn_ids), _rows(shards.drawn_logits)
-        noisy = warm(drawn, top, temperature) + gumbel(keys, ids)
+        noisy = warm(drawn, top, temperature[:, None]) + gumbel(keys, ids)
         drawn_ids = best(noisy, ids)[:, None]
         drawn_logits = jnp.max(jnp.where(ids == drawn_ids, drawn, -jnp.inf), -1, keepdims=True)
     return Samples(

@@ -23,6 +23,11 @@ class Projection:
     multiplier: float = 1.0
     soft_cap: float | None = None  # cap * tanh(logits / cap), after the multiplier
 
+    def sizes(self, weight: Array) -> tuple[int, int]:
+        """(D, V) of a matrix in this layout."""
+        model, vocab = weight.shape if self.layout == "dv" else weight.shape[::-1]
+        return model, vocab
+
     def finish(self, products: Float32[Array, "..."]) -> Float32[Array, "..."]:
         """The products of hidden rows and vocabulary as logits."""
         logits = products if self.multiplier == 1.0 else products * self.multiplier
@@ -97,20 +102,20 @@ def sample(
         rest = scores.at[rows, jnp.where(inside, place, size)].set(-jnp.inf, mode="drop")
     if temperature is None:
         return out
-    out = replace(out, total=jnp.sum(jnp.exp(warm(scores, values[:, :1], temperature)), -1))
+    out = replace(out, total=jnp.sum(jnp.exp(warm(scores, values[:, :1], temperature[:, None])), -1))
     if keys is None:
         return out
-    noisy = warm(rest, values[:, :1], temperature) + gumbel(keys, jnp.broadcast_to(ids, scores.shape))
+    noisy = warm(rest, values[:, :1], temperature[:, None]) + gumbel(keys, jnp.broadcast_to(ids, scores.shape))
     drawn = best(noisy)[:, None]
     return replace(out, drawn_ids=start + drawn, drawn_logits=_at(rest, drawn))
 
 
 def warm(
-    scores: Float32[Array, "R S"], top: Float32[Array, "R 1"], temperature: Float32[Array, "R"]
+    scores: Float32[Array, "R S"], top: Float32[Array, "R 1"], temperature: Float32[Array, "R 1"]
 ) -> Float32[Array, "R S"]:
-    """Logits over temperature, at most 0."""
+    """Logits over temperature, at most 0; -inf stays, also where nothing is larger (a shard that is all padding)."""
     # The maximum goes first: no temperature overflows, and the leading tokens keep all their digits.
-    return -((top - scores) / temperature[:, None])
+    return jnp.where(scores > -jnp.inf, -((top - scores) / temperature), -jnp.inf)
 
 
 def _top(scores: Array, slots: int) -> tuple[Array, Array]:
