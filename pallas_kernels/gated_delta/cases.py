@@ -58,21 +58,16 @@ def sizes_of(given: tuple[Any, ...]) -> Sizes:
 
 
 def arguments(
-    batch: int, rows: int, pending: int, k_heads: int, v_heads: int, dtype: jnp.dtype = jnp.dtype(jnp.bfloat16)
+    batch: int, rows: int, pending: int, k_heads: int, v_heads: int, dtype: jnp.dtype = NARROW
 ) -> tuple[Any, ...]:
     """Shapes of state, pending, tail, mixed, b, a, taps, A_log and dt_bias."""
-
-    def shape(*sizes: int, of: jnp.dtype = dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, of)
-
-    wide = jnp.dtype(jnp.float32)
+    shape = jax.ShapeDtypeStruct
     columns = (k_heads, 2 * HEAD + v_heads // k_heads * HEAD)
+    state = shape((batch, v_heads, HEAD, HEAD), WIDE)
     kept = jax.eval_shape(lambda: Pending.empty(batch, pending, k_heads, v_heads, HEAD, HEAD, dtype))
-    return (
-        shape(batch, v_heads, HEAD, HEAD, of=wide), kept, shape(batch, TAPS - 1, *columns), shape(batch, rows, *columns),
-        shape(batch, rows, v_heads), shape(batch, rows, v_heads), shape(TAPS, *columns), shape(v_heads, of=wide),
-        shape(v_heads, of=wide),
-    )  # fmt: skip
+    tail, mixed, taps = (shape(rows + columns, dtype) for rows in ((batch, TAPS - 1), (batch, rows), (TAPS,)))
+    gate, weight = shape((batch, rows, v_heads), dtype), shape((v_heads,), WIDE)
+    return state, kept, tail, mixed, gate, gate, taps, weight, weight
 
 
 def _case(
