@@ -12,11 +12,10 @@ from pallas_kernels.gated_delta import gated_delta_block, gated_delta_prefill
 from pallas_kernels.gated_delta.pending import Pending
 from pallas_kernels.gated_delta.sizes import Sizes
 
-MODELS = {
-    "Qwen3.5-397B-A17B": (16, 64),
-    "Qwen3.5-35B-A3B": (16, 32),
-}  # key and value heads, 128 wide; Qwen3-Next: 16, 32
+# Key and value heads; Qwen3-Next-80B-A3B has those of Qwen3.5-35B-A3B.
+MODELS = {"Qwen3.5-397B-A17B": (16, 64), "Qwen3.5-35B-A3B": (16, 32)}
 HEAD, TAPS, PENDING = 128, 4, 16  # pending rows of a prefill: those of the loop's blocks
+WIDE, NARROW = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
 
 def cases() -> Iterator[Case]:
