@@ -10,7 +10,6 @@ import numpy as np
 
 from pallas_kernels.gated_delta import Pending, Rows, conv_tail, fold
 
-
 folded, tail_after, committed = jax.jit(fold), jax.jit(conv_tail), jax.jit(Rows.commit)
 
 
