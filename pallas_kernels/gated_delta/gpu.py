@@ -18,8 +18,8 @@ from pallas_kernels.gated_delta.pending import Pending, Rows
 from pallas_kernels.gated_delta.sizes import Sizes
 
 HEAD = 128  # the only head size: one element of q, k and v for each thread of a warpgroup
-# A warp holds 32 columns (of Dv) of the state, a thread 4 of them in every fourth row: rows are read whole, and sums over
-# Dk stay within four threads.
+# A warp holds 32 columns (of Dv) of the state, a thread 4 of them in every fourth row: rows are read whole, and sums
+# over Dk stay within four threads.
 _TILES = plgpu.Tiling(((4, HEAD), (4, 32), (4,)))
 STATE = plgpu.Layout.TILED(_TILES, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 BY_K, BY_V, BY_THREAD = STATE.reduce(1), STATE.reduce(0), plgpu.Layout.WG_STRIDED((HEAD,), vec_size=1)
@@ -33,14 +33,13 @@ def gated_delta_block(
     n = Sizes.of(state, pending, tail, mixed, b, taps)
     outputs = [
         jax.ShapeDtypeStruct((n.B, n.W, n.Hv, n.Dv), mixed.dtype),
-        jax.ShapeDtypeStruct(state.shape, jnp.float32),
         jax.ShapeDtypeStruct((n.B, n.Hk, n.W, n.Dk), pending.k.dtype),
         jax.ShapeDtypeStruct((n.B, n.Hv, n.W, n.Dv), pending.u.dtype),
         jax.ShapeDtypeStruct((n.B, n.Hv, n.W), jnp.float32),
     ]
-    call = _kernel(n, outputs, deferred=True, interpret=interpret)
     count = jnp.full(n.B, n.W, jnp.int32)
-    out, state, k, u, decay = call(*_flat(n, state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count))
+    given = pending, tail, mixed, b, a, taps, A_log, dt_bias, count
+    (out, k, u, decay), state = _run(n, outputs, state, *given, deferred=True, interpret=interpret)
     return out, state, Rows(k=k, u=u, decay=decay)
 
 
@@ -50,38 +49,40 @@ def gated_delta_prefill(
 ) -> tuple[Array, Array]:  # fmt: skip
     """As the public function."""
     n = Sizes.of(state, pending, tail, mixed, b, taps)
-    outputs = [
-        jax.ShapeDtypeStruct((n.B, n.W, n.Hv, n.Dv), mixed.dtype),
-        jax.ShapeDtypeStruct(state.shape, jnp.float32),
-    ]
-    call = _kernel(n, outputs, deferred=False, interpret=interpret)
-    return tuple(call(*_flat(n, state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count)))
+    outputs = [jax.ShapeDtypeStruct((n.B, n.W, n.Hv, n.Dv), mixed.dtype)]
+    given = pending, tail, mixed, b, a, taps, A_log, dt_bias, count
+    (out,), state = _run(n, outputs, state, *given, deferred=False, interpret=interpret)
+    return out, state
 
 
-def _flat(n: Sizes, state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count) -> tuple[Array, ...]:
+def _run(
+    n: Sizes, outputs: list[jax.ShapeDtypeStruct], state: Array, pending: Pending, tail: Array, mixed: Array,
+    *rest: Array, deferred: bool, interpret: Any,
+) -> tuple[list[Array], Array]:  # fmt: skip
+    """The outputs, and the state, which the kernel changes where it stands."""
+    b, a, taps, A_log, dt_bias, count = rest
     tail, mixed, taps = (x.reshape(*x.shape[:-2], n.Hk * n.C) for x in (tail, mixed, taps))
     kept = pending.k, pending.u, pending.weight, pending.fold
-    return state, *kept, tail, mixed, b, a, taps, A_log, dt_bias, count.astype(jnp.int32)
+    body = partial(_body, n=n, deferred=deferred, compiled=interpret is None)
 
+    def with_scratch(*refs: Any) -> None:
+        pl.run_scoped(partial(body, *refs), *[plgpu.SMEM((HEAD,), jnp.float32)] * 3, collective_axes=())
 
-def _kernel(n: Sizes, outputs: list[jax.ShapeDtypeStruct], deferred: bool, interpret: Any) -> Any:
-    return plgpu.kernel(
-        partial(_body, n=n, deferred=deferred, compiled=interpret is None),
-        out_type=outputs,
-        scratch_types=[plgpu.SMEM((HEAD,), jnp.float32)] * 3,
-        grid=(n.Hv, n.B),
-        grid_names=("head", "sequence"),
-        interpret=interpret,
-    )
+    # `pl.kernel` and not `plgpu.kernel`, which takes no reference that it may write to.
+    mesh = plgpu.Mesh(grid=(n.Hv, n.B), grid_names=("head", "sequence"))
+    kernel: Any = pl.kernel(with_scratch, out_type=outputs, mesh=mesh, interpret=interpret)
+    in_place = jax.new_ref(state, memory_space=plgpu.GMEM)
+    outs = kernel(in_place, *kept, tail, mixed, b, a, taps, A_log, dt_bias, count.astype(jnp.int32))
+    return outs, jax.freeze(in_place)
 
 
 def _body(
-    old_ref, pk_ref, pu_ref, weight_ref, fold_ref, tail_ref, mixed_ref, b_ref, a_ref, taps_ref, A_ref, dt_ref,
+    state_ref, pk_ref, pu_ref, weight_ref, fold_ref, tail_ref, mixed_ref, b_ref, a_ref, taps_ref, A_ref, dt_ref,
     count_ref, *refs, n: Sizes, deferred: bool, compiled: bool,
 ) -> None:  # fmt: skip
     """One value head of one sequence."""
     *outs, q_smem, k_smem, v_smem = refs
-    out_ref, new_ref = outs[:2]
+    out_ref = outs[0]
     h, s = lax.axis_index("head"), lax.axis_index("sequence")
     key_head = lax.div(h, jnp.int32(n.r))
     start = key_head * n.C
@@ -104,10 +105,10 @@ def _body(
 
         return lax.cond(weight != 0.0, add, lambda state: state, state)
 
-    state = load(old_ref.at[s, h], STATE) * fold_ref[s, h]
+    state = load(state_ref.at[s, h], STATE) * fold_ref[s, h]
     state = lax.fori_loop(0, n.P, fold_one, state)
     if deferred:
-        new_ref.at[s, h][...] = state
+        state_ref.at[s, h][...] = state
     taps = [[load(taps_ref.at[i, pl.ds(c, HEAD)], BY_THREAD).astype(mixed_ref.dtype).astype(jnp.float32)
              for i in range(n.R + 1)] for c in columns]  # fmt: skip
     rate, bias = jnp.exp(A_ref[h].astype(jnp.float32)), dt_ref[h].astype(jnp.float32)
@@ -133,7 +134,7 @@ def _body(
 
             @pl.when(h == key_head * n.r)
             def _() -> None:
-                outs[2].at[s, key_head, t][...] = k.astype(outs[2].dtype)
+                outs[1].at[s, key_head, t][...] = k.astype(outs[1].dtype)
 
         q, k, v = load(q_smem, BY_K), load(k_smem, BY_K), load(v_smem, BY_V)
         beta = 1.0 / (1.0 + jnp.exp(-b_ref[s, t, h].astype(jnp.float32)))
@@ -144,8 +145,8 @@ def _body(
         state = state + spread(k, 0) * spread(u, 1)
         out_ref.at[s, t, h][...] = jnp.sum(state * spread(q, 0), 0).astype(out_ref.dtype)
         if deferred:
-            outs[3].at[s, h, t][...] = u.astype(outs[3].dtype)
-            outs[4][s, h, t] = decay + g
+            outs[2].at[s, h, t][...] = u.astype(outs[2].dtype)
+            outs[3][s, h, t] = decay + g
         return state, decay + g, windows
 
     windows = tuple(
@@ -160,7 +161,7 @@ def _body(
             out_ref.at[s, t, h][...] = plgpu.layout_cast(zeros, BY_THREAD) if compiled else zeros
 
         lax.fori_loop(count_ref[s], n.W, nothing, None)
-        new_ref.at[s, h][...] = state
+        state_ref.at[s, h][...] = state
 
 
 def _softplus(x: Array) -> Array:
