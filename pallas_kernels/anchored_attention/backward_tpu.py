@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.anchored_attention.folding import context_mask, dot, fold, only, own_mask, reach, unfold
-from pallas_kernels.anchored_attention.forward_tpu import Options, Step, bounds
+from pallas_kernels.anchored_attention.forward_tpu import Options, Step, step_bounds
 from pallas_kernels.anchored_attention.plan import Plan
 from pallas_kernels.anchored_attention.reference import HIDDEN
 
@@ -43,13 +43,13 @@ def _write_sums(sums, targets, stage, sems, plan: Plan, at, scales) -> None:
 
 
 def _kernel(
-    anchors, bounds, q_ref, do_ref, out_ref, lse, k_ref, v_ref, blk_k, blk_v,
+    anchors, limits, q_ref, do_ref, out_ref, lse, k_ref, v_ref, blk_k, blk_v,
     dq, dblk_k, dblk_v, dk_hbm, dv_hbm,
     q, do, delta, dq_sum, dk_sum, dv_sum, stage, sems, *, options: Options,
 ):  # fmt: skip
     plan, window, tile = options.plan, options.window, options.plan.tile_context
     b, k, span, step = (pl.program_id(i) for i in range(4))
-    now = Step.of(anchors, bounds, plan, b, step)
+    now = Step.of(anchors, limits, plan, b, step)
 
     @pl.when(step == 0)
     def _begin():
@@ -154,6 +154,6 @@ def backward(
         ),
         interpret=options.interpret,
         name="anchored_attention_backward",
-    )(anchors, bounds(anchors, plan, options.window), q, do, out, lse, ctx_k, ctx_v, blk_k, blk_v)  # fmt: skip
+    )(anchors, step_bounds(anchors, options), q, do, out, lse, ctx_k, ctx_v, blk_k, blk_v)  # fmt: skip
     whole = partial[0] if spans == 1 else partial.sum(0).astype(q.dtype)
     return whole, dk, dv, dblk_k, dblk_v

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.anchored_attention.bounds import bounds
 from pallas_kernels.anchored_attention.folding import context_mask, dot, fold, only, own_mask, reach, unfold
 from pallas_kernels.anchored_attention.plan import Plan
 from pallas_kernels.anchored_attention.reference import HIDDEN
@@ -24,22 +25,13 @@ class Options(NamedTuple):
     interpret: Any = False
 
 
-def bounds(anchors: Int[Array, "B A"], plan: Plan, window: int | None) -> Int[Array, "6 BS"]:
-    """For each step of tile_anchors blocks: low and high position that any row sees; and in context tiles where to
-    begin, where tiles begin that every row sees whole, where they end, and where to end.
-    """
-    tile, T = plan.tile_context, plan.real_context
-    grouped = anchors.reshape(-1, plan.tile_anchors)
-    nearest, farthest = grouped.min(1), grouped.max(1)
-    high, whole_high = jnp.clip(farthest, 0, T), jnp.clip(nearest, 0, T)
-    low, whole_low = jnp.zeros_like(high), jnp.zeros_like(high)
-    if window is not None:
-        low = jnp.clip(nearest - window + 1, 0, high)
-        whole_low = jnp.clip(farthest + plan.rows - window, 0, T)
-    begin, end = low // tile, -(-high // tile)
-    whole_begin = jnp.clip(-(-whole_low // tile), begin, end)
-    whole_end = jnp.clip(whole_high // tile, whole_begin, end)
-    return jnp.stack([low, high, begin, whole_begin, whole_end, end])
+def step_bounds(anchors: Int[Array, "B A"], options: Options) -> Int[Array, "6 BS"]:
+    """`bounds` for the plan's steps and tiles."""
+    plan = options.plan
+    return bounds(
+        anchors, per_step=plan.tile_anchors, rows=plan.rows, tile=plan.tile_context, length=plan.real_context,
+        window=options.window,
+    )  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -51,9 +43,9 @@ class Step(NamedTuple):
     tiles: tuple[jax.Array, ...]
 
     @classmethod
-    def of(cls, anchors: Any, bounds: Any, plan: Plan, b: Any, step: Any) -> "Step":
+    def of(cls, anchors: Any, limits: Any, plan: Plan, b: Any, step: Any) -> "Step":
         at = b * plan.steps + step
-        low, high, *tiles = (bounds[i, at] for i in range(6))
+        low, high, *tiles = (limits[i, at] for i in range(6))
         mine = [anchors[b, step * plan.tile_anchors + i] for i in range(plan.tile_anchors)]
         return cls(mine, low, high, tuple(tiles))
 
@@ -66,11 +58,11 @@ class Step(NamedTuple):
 
 
 def _kernel(
-    anchors, bounds, q_ref, k_ref, v_ref, blk_k, blk_v, out, lse, q, top, total, acc, *, options: Options
+    anchors, limits, q_ref, k_ref, v_ref, blk_k, blk_v, out, lse, q, top, total, acc, *, options: Options
 ):  # fmt: skip
     plan, window, tile = options.plan, options.window, options.plan.tile_context
     b, step, span = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    now = Step.of(anchors, bounds, plan, b, step)
+    now = Step.of(anchors, limits, plan, b, step)
 
     def absorb(keys: jax.Array, values: jax.Array, seen: jax.Array | None) -> None:
         scores = dot(keys, q[...], (1, 1)) * options.scale  # [keys, rows]
@@ -122,11 +114,11 @@ def forward(
     """Output and log-sum-exps, these in the order of folded rows. Shapes are the plan's padded ones."""
     plan = options.plan
 
-    def context_at(b, k, step, span, anchors, bounds):
+    def context_at(b, k, step, span, anchors, limits):
         if plan.spans > 1:  # a span that the step does not need repeats another, which is not loaded again
             at, tiles = b * plan.steps + step, plan.span // plan.tile_context
-            first = jnp.minimum(bounds[2, at] // tiles, plan.spans - 1)
-            span = jnp.clip(span, first, jnp.maximum(first, (bounds[5, at] - 1) // tiles))
+            first = jnp.minimum(limits[2, at] // tiles, plan.spans - 1)
+            span = jnp.clip(span, first, jnp.maximum(first, (limits[5, at] - 1) // tiles))
         return b, span, k
 
     rows = pl.BlockSpec((None, plan.own, plan.heads * plan.head), lambda b, k, step, *_: (b, step, k))
@@ -159,4 +151,4 @@ def forward(
         ),
         interpret=options.interpret,
         name="anchored_attention_forward",
-    )(anchors, bounds(anchors, plan, options.window), q, ctx_k, ctx_v, blk_k, blk_v)  # fmt: skip
+    )(anchors, step_bounds(anchors, options), q, ctx_k, ctx_v, blk_k, blk_v)  # fmt: skip
