@@ -98,6 +98,7 @@ def _kernel(
         _write_sums((dk_sum, dv_sum), (dk_hbm, dv_hbm), stage, sems, plan, (b, k, span), (options.scale, 1.0))
 
 
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers
 def backward(
     options: Options,
     q: Float[Array, "B AW NH"],

@@ -102,6 +102,7 @@ def _kernel(
         lse[...] = top[...] + jnp.log(total[...])
 
 
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers
 def forward(
     options: Options,
     q: Float[Array, "B AW NH"],

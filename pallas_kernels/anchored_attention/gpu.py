@@ -20,6 +20,7 @@ from pallas_kernels.anchored_attention.reference import HIDDEN
 
 ROWS = 64  # of a warpgroup, the height of its matrix instruction
 STAGES = 2
+WGMMA = plgpu.Layout.WGMMA
 
 
 def takes(q: Float[Array, "B A W N H"], ctx_k: Float[Array, "B T K H"]) -> bool:
@@ -116,6 +117,7 @@ def _kernel(
     own = 2 * ROWS // tile  # tiles of the step's own keys come first
     begin, whole_begin, whole_end, end = (limits[i, b * steps + step] for i in range(2, 6))
     total = own + end - begin
+    laid = (lambda x, _: x) if interpreted else plgpu.layout_cast  # the interpreter has no layouts
 
     @pl.when(wg < 2)
     def _compute():
@@ -130,11 +132,7 @@ def _kernel(
             slot = jax.lax.rem(i, jnp.int32(STAGES))
             plgpu.barrier_wait(k_ready.at[slot])
 
-            def scores_of(ref):
-                plgpu.wgmma(ref, mine, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
-                return ref[...]
-
-            scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, tile), jnp.float32)) * (scale * math.log2(math.e))
+            scores = _scores(mine, k_smem.at[slot], interpreted) * (scale * math.log2(math.e))
             plgpu.barrier_arrive(k_free.at[slot])
             scores = scores if mask is None else jnp.where(mask(i), scores, HIDDEN)
             new = jnp.maximum(top, scores.max(axis=1))
@@ -149,8 +147,7 @@ def _kernel(
 
         def places() -> tuple[Array, Array]:
             shape = (ROWS, tile)
-            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-            return row, plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+            return tuple(laid(jax.lax.broadcasted_iota(jnp.int32, shape, axis), WGMMA) for axis in (0, 1))
 
         def block_of(x: Array) -> Array:  # rows is a power of two
             return jax.lax.shift_right_logical(x, jnp.full_like(x, rows.bit_length() - 1))
@@ -173,9 +170,8 @@ def _kernel(
             seen = (t < anchor) & (t < length)
             return seen if window is None else seen & (t > anchor + (row & (rows - 1)) - window)
 
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, mine.shape[1]), jnp.float32), plgpu.Layout.WGMMA)
-        row = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1))  # noqa: E731
-        carry = acc, row(HIDDEN), row(0.0)
+        top, denominator = (laid(jnp.full((ROWS,), x, jnp.float32), WGMMA.reduce(1)) for x in (HIDDEN, 0.0))
+        carry = laid(jnp.zeros((ROWS, mine.shape[1]), jnp.float32), WGMMA), top, denominator
         ends = (own, own + whole_begin - begin, own + whole_end - begin, total)
         start = 0
         for stop, mask in zip(ends, (own_mask, context_mask, None, context_mask), strict=True):
@@ -217,17 +213,31 @@ def _kernel(
 
         jax.lax.fori_loop(jnp.int32(0), total, fill, None)
 
+        def drain(i: Array, _: None) -> None:  # leave no barrier with a phase that was not waited for
+            slot = jax.lax.rem(i, jnp.int32(STAGES))
+            plgpu.barrier_wait(k_free.at[slot])
+            plgpu.barrier_wait(v_free.at[slot])
+
+        jax.lax.fori_loop(jnp.maximum(total - STAGES, 0), total, drain, None)
+
 
 def _along(x: Array, shape: tuple[int, ...]) -> Array:
     return jax.lax.broadcast_in_dim(x, shape, [0])
 
 
+# The interpreter knows neither the transposed operand nor `run_state`: there, plain products stand in for wgmma.
+def _scores(q: Any, keys: Any, interpreted: bool) -> Array:
+    if interpreted:
+        return jnp.dot(q[...], keys[...].T, preferred_element_type=jnp.float32)
+
+    def product(ref: Any) -> Array:
+        plgpu.wgmma(ref, q, plgpu.transpose_ref(keys, (1, 0)))
+        return ref[...]
+
+    return pl.run_scoped(product, plgpu.ACC((q.shape[0], keys.shape[0]), jnp.float32))
+
+
 def _add_product(acc: Array, weights: Array, values: Any, interpreted: bool) -> Array:
-    if interpreted:  # the interpreter has no run_state
-
-        def alone(ref):
-            plgpu.wgmma(ref, weights, values)
-            return ref[...]
-
-        return acc + pl.run_scoped(alone, plgpu.ACC(acc.shape, jnp.float32))
+    if interpreted:
+        return acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
     return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
