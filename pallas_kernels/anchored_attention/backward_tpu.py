@@ -82,8 +82,8 @@ def _kernel(
         keys, values, seen = k_ref[at, :], v_ref[at, :], None
         if masked:
             start = span * plan.back_span + i * tile
-            keys, values = (only(x, start, now.low, now.high) for x in (keys, values))
             seen = context_mask(start, plan, *reach(now.anchors, plan, window))
+            keys, values = only(keys, seen), only(values, seen)
         dkeys, dvalues = gradients(keys, values, seen)
         dk_sum[at, :] += dkeys
         dv_sum[at, :] += dvalues

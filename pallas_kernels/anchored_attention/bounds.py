@@ -6,9 +6,9 @@ from jaxtyping import Array, Int
 
 def bounds(
     anchors: Int[Array, "B A"], *, per_step: int, rows: int, tile: int, length: int, window: int | None
-) -> Int[Array, "6 BS"]:
-    """For each step of `per_step` blocks: the low and the high (excluded) position that any row sees; and in context
-    tiles where to begin, where tiles begin that every row sees whole, where these end, and where to end.
+) -> Int[Array, "4 BS"]:
+    """For each step of `per_step` blocks, in context tiles: where to begin, where tiles begin that every row sees whole,
+    where these end, and where to end.
 
     Tiles outside begin..end are neither loaded nor computed; tiles outside the inner two need no mask.
     """
@@ -22,4 +22,4 @@ def bounds(
     begin, end = low // tile, -(-high // tile)
     whole_begin = jnp.clip(-(-whole_low // tile), begin, end)
     whole_end = jnp.clip(whole_high // tile, whole_begin, end)
-    return jnp.stack([low, high, begin, whole_begin, whole_end, end])
+    return jnp.stack([begin, whole_begin, whole_end, end])

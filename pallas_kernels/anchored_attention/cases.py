@@ -14,27 +14,25 @@ from pallas_kernels.dispatch import Implementation
 
 ANCHORS = 512  # blocks a sequence, as the drafters were trained with
 
-# Model: query heads, KV heads, head size, block, and the layers (causal, window) of its drafter
-FULL, SLIDING = (False, None), (True, 4096)
+# Drafter: query heads, KV heads, head size, block, and the context lengths of its (causal, window) layers. The drafters
+# of the two Qwen3.5 models have the same heads.
+LENGTHS = 4096, 32768
+FULL = (False, None, LENGTHS)
 DRAFTERS = {
-    "Qwen3.5-397B-A17B": (32, 8, 128, 16, (FULL, SLIDING)),
-    "Qwen3.5-35B-A3B": (32, 8, 128, 16, (FULL, SLIDING)),
+    "Qwen3.5-397B-A17B and Qwen3.5-35B-A3B": (32, 8, 128, 16, (FULL, (True, 4096, LENGTHS[1:]))),
     "Qwen3-Coder-30B-A3B": (32, 4, 128, 16, (FULL,)),
     "gpt-oss-120b": (64, 8, 64, 10, (FULL,)),
 }
 
 
-def cases(batches: tuple[int, ...] = (1, 8), contexts: tuple[int, ...] = (4096, 32768)) -> Iterator[Case]:
-    """Each drafter's kinds of layers. The two Qwen3.5 drafters have the same heads, so that the larger stands for both."""
+def cases(batch: int = 8) -> Iterator[Case]:
+    """Each kind of layer of each drafter, the forward alone and with its backward."""
     for model, (heads, kv_heads, head, rows, layers) in DRAFTERS.items():
-        if model == "Qwen3.5-35B-A3B":
-            continue
-        for batch in batches:
+        for causal, window, contexts in layers:
             for context in contexts:
-                for causal, window in layers:
-                    kind = "full" if window is None else f"window {window}"
-                    name = f"{model} drafter, {kind}, batch {batch}, context {context}, {ANCHORS} x W {rows}"
-                    yield from _both(name, (batch, ANCHORS, rows, heads, head), kv_heads, context, causal, window)
+                kind = "full" if window is None else f"window {window}"
+                name = f"drafter of {model}, {kind}, batch {batch}, context {context}, {ANCHORS} x W {rows}"
+                yield from _both(name, (batch, ANCHORS, rows, heads, head), kv_heads, context, causal, window)
 
 
 def _both(
@@ -51,7 +49,8 @@ def _both(
     rows, lse = q.size * 2, B * A * W * N * 4
     own, shared, places = 2 * blk.size * 2, 2 * ctx.size * 2, anchors.size * 4
     # What is seen on average by anchors spread evenly: the context before them, cut by the window, and the block.
-    seen = W + (context / 2 if window is None else min(window, context) * (1 - min(window, context) / (2 * context)))
+    reach = context if window is None else min(window, context)
+    seen = W + reach * (1 - reach / (2 * context))
     product = 2 * B * A * W * N * H * seen
     yield Case(
         f"forward: {name}", functools.partial(anchored_attention, **options), arrays,
@@ -68,7 +67,7 @@ def _both(
 
 
 def _vjp(do: jax.Array, *arrays: jax.Array, implementation: Implementation | None, **options: Any) -> tuple:
-    """Output and the five gradients. Without the output in it, XLA would drop nothing but the name of the forward."""
+    """Output and the five gradients."""
     *floats, anchors = arrays
     call: Callable[..., jax.Array] = lambda *floats: anchored_attention(  # noqa: E731
         *floats, anchors, implementation=implementation, **options

@@ -6,8 +6,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.anchored_attention.reference import anchored_attention
 
-SCORES = 1 << 28  # bytes of fp32 scores that exist at once
-
 
 def gradients(
     q: Float[Array, "B A W N H"],
@@ -21,11 +19,15 @@ def gradients(
     causal: bool,
     window: int | None,
     scale: float,
+    scores: int = 1 << 28,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Of the five float inputs. The forward is computed again; nothing is left out for being out of reach."""
+    """Of the five float inputs, with at most `scores` bytes of scores at once (or those of one block).
+
+    The forward is computed again; nothing is left out for being out of reach.
+    """
     _, A, W, N, _ = q.shape
     T = ctx_k.shape[1]
-    chunk = max(1, min(A, SCORES // (4 * W * N * (T + W))))
+    chunk = max(1, min(A, scores // (4 * W * N * (T + W))))
     chunks = -(-A // chunk)
 
     def cut(x: Array) -> Array:  # [A ...] -> [chunks chunk ...]

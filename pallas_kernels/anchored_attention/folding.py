@@ -95,7 +95,6 @@ def context_mask(start: jax.Array, plan: Plan, end: jax.Array, first: jax.Array 
     return seen if first is None else seen & (t >= first)
 
 
-def only(x: jax.Array, start: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """The tile's positions in low..high, zeros for the others, which may hold anything."""
-    t = start + jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
-    return jnp.where((t >= low) & (t < high), x, jnp.zeros_like(x))
+def only(x: jax.Array, seen: jax.Array) -> jax.Array:
+    """The tile's positions that some row sees, zeros for the others: those may hold anything."""
+    return jnp.where(seen.astype(jnp.float32).max(1, keepdims=True) > 0, x, jnp.zeros_like(x))

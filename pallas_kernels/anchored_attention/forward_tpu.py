@@ -25,7 +25,7 @@ class Options(NamedTuple):
     interpret: Any = False
 
 
-def step_bounds(anchors: Int[Array, "B A"], options: Options) -> Int[Array, "6 BS"]:
+def step_bounds(anchors: Int[Array, "B A"], options: Options) -> Int[Array, "4 BS"]:
     """`bounds` for the plan's steps and tiles."""
     plan = options.plan
     return bounds(
@@ -38,16 +38,13 @@ class Step(NamedTuple):
     """The scalars of a grid step."""
 
     anchors: list[jax.Array]
-    low: jax.Array
-    high: jax.Array
     tiles: tuple[jax.Array, ...]
 
     @classmethod
     def of(cls, anchors: Any, limits: Any, plan: Plan, b: Any, step: Any) -> "Step":
         at = b * plan.steps + step
-        low, high, *tiles = (limits[i, at] for i in range(6))
         mine = [anchors[b, step * plan.tile_anchors + i] for i in range(plan.tile_anchors)]
-        return cls(mine, low, high, tuple(tiles))
+        return cls(mine, tuple(limits[i, at] for i in range(4)))
 
     def each_tile(self, span: Any, tiles_of_span: int, edge: Any, whole: Any) -> None:
         """Call `edge` or `whole` with the index in this span of each tile that some row, or every row, sees."""
@@ -92,7 +89,7 @@ def _kernel(
         keys, values = tile_at(i)
         start = span * plan.span + i * tile
         seen = context_mask(start, plan, *reach(now.anchors, plan, window))
-        absorb(keys, only(values, start, now.low, now.high), seen)
+        absorb(keys, only(values, seen), seen)
 
     now.each_tile(span, plan.span // tile, edge, whole)
 
@@ -118,8 +115,8 @@ def forward(
     def context_at(b, k, step, span, anchors, limits):
         if plan.spans > 1:  # a span that the step does not need repeats another, which is not loaded again
             at, tiles = b * plan.steps + step, plan.span // plan.tile_context
-            first = jnp.minimum(limits[2, at] // tiles, plan.spans - 1)
-            span = jnp.clip(span, first, jnp.maximum(first, (limits[5, at] - 1) // tiles))
+            first = jnp.minimum(limits[0, at] // tiles, plan.spans - 1)
+            span = jnp.clip(span, first, jnp.maximum(first, (limits[3, at] - 1) // tiles))
         return b, span, k
 
     rows = pl.BlockSpec((None, plan.own, plan.heads * plan.head), lambda b, k, step, *_: (b, step, k))

@@ -29,6 +29,11 @@ def takes(q: Float[Array, "B A W N H"], ctx_k: Float[Array, "B T K H"]) -> bool:
     return q.dtype == jnp.bfloat16 and head in (64, 128, 256) and 3 <= rows <= ROWS and ctx_k.shape[1] > 0
 
 
+def tile_context(head: int) -> int:
+    """Context positions of one product: what fits shared memory and registers."""
+    return 128 if head <= 128 else 64
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def _attend(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, interpret):
     return _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, interpret)
@@ -66,7 +71,7 @@ def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, inte
     B, A, real_rows, N, H = q.shape
     T, K = ctx_k.shape[1:3]
     W = 1 << (real_rows - 1).bit_length()  # so that no block lies across two warpgroups
-    tile = 128 if H <= 128 else 64
+    tile = tile_context(H)
     step_anchors = 2 * ROWS // W
     more = -A % step_anchors
 
@@ -115,7 +120,7 @@ def _kernel(
 ):  # fmt: skip
     head, step, b, wg = (jax.lax.axis_index(name) for name in ("head", "step", "batch", "warpgroup"))
     own = 2 * ROWS // tile  # tiles of the step's own keys come first
-    begin, whole_begin, whole_end, end = (limits[i, b * steps + step] for i in range(2, 6))
+    begin, whole_begin, whole_end, end = (limits[i, b * steps + step] for i in range(4))
     total = own + end - begin
     laid = (lambda x, _: x) if interpreted else plgpu.layout_cast  # the interpreter has no layouts
 

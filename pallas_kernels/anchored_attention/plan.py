@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pallas_kernels.dispatch import tuning
 
 LANES = 128
+MOST_ROWS = 1280  # folded rows of a step; where more were needed to fill whole lanes, blocks get rows added
 SUBLANES = 16  # of a bf16 tile; a multiple of fp32's 8
 
 
@@ -101,19 +102,18 @@ class Plan:
         q, block, context, lse = self._bytes()
         spans = self.back_spans
         dq = q if spans == 1 else spans * q * 4 // self.item
-        return spans * (3 * q + 2 * block + lse) + dq + 2 * block + 4 * context + self.scalar_bytes()
+        return spans * (3 * q + lse) + dq + 4 * block + 4 * context + self.scalar_bytes()
 
     def scalar_bytes(self) -> int:
-        """Anchors and the six bounds of each step."""
-        return 4 * self.batch * (self.anchors + 6 * self.steps)
+        """Anchors and the four bounds of each step."""
+        return 4 * self.batch * (self.anchors + 4 * self.steps)
 
     def products(self, window: int | None) -> int:
         """Flops of one product of all query rows with what they see, for anchors spread evenly over the context."""
-        seen = self.real_context / 2
-        if window is not None:
-            seen = min(seen, window)
+        T = self.real_context
+        reach = T if window is None else min(window, T)
         rows = self.batch * self.groups * self.anchors * self.rows * self.heads
-        return int(2 * rows * self.lanes * (seen + self.own))
+        return int(2 * rows * self.lanes * (reach * (1 - reach / (2 * T)) + self.own))
 
 
 def make_plan(
@@ -128,11 +128,13 @@ def make_plan(
     elif H % LANES and not (H == LANES // 2 and kv_heads == 1):
         H = _up(H, LANES)
     heads = packed * queries
-    rows = next(w for w in itertools.count(real_rows) if _granule(w, heads) * w * heads <= 1024 or w % SUBLANES == 0)
+    rows = next(w for w in itertools.count(real_rows) if _granule(w, heads) * w * heads <= MOST_ROWS or w % SUBLANES == 0)
     granule = _granule(rows, heads)
     tile_anchors = granule * max(1, tiles.rows // (granule * rows * heads))
     tile_anchors = min(tile_anchors, _up(A, granule))
-    tile_context = min(tiles.context, _up(context, SUBLANES))
+    # Rows may be more than wanted; scores [tile_context, rows] then become shorter.
+    room = 3 * tiles.rows * tiles.context // (2 * tile_anchors * rows * heads)
+    tile_context = min(tiles.context, max(SUBLANES, 1 << (room.bit_length() - 1)), _up(context, SUBLANES))
     padded = _up(max(context, 1), tile_context)
     lanes = packed * H
     # Keys and values of a position; backward also their fp32 sums.
