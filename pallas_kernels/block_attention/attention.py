@@ -1,7 +1,9 @@
 """The public function: checks, and the choice of the implementation."""
 
 from functools import partial
+from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.block_attention import tpu
@@ -12,8 +14,8 @@ from pallas_kernels.dispatch import Implementation, dispatch
 
 def block_attention(
     q: Float[Array, "B W N H"],
-    keys: Float[Array, "P K S H"],
-    values: Float[Array, "P K S H"],
+    keys: Float[Array, "P Kp S Hp"],
+    values: Float[Array, "P Kp S Hp"],
     block_keys: Float[Array, "B W K H"],
     block_values: Float[Array, "B W K H"],
     lengths: Int[Array, "B"],
@@ -28,7 +30,7 @@ def block_attention(
     page_table: Int[Array, "B n"] | None = None,
     write: bool = True,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B W N H"], Float[Array, "P K S H"], Float[Array, "P K S H"]]:
+) -> tuple[Float[Array, "B W N H"], Float[Array, "P Kp S Hp"], Float[Array, "P Kp S Hp"]]:
     """Softmax attention of a block's rows over `lengths[b]` committed rows and over the block itself, in fp32.
 
     Returns the output, and the caches: with the block's rows behind the committed ones, or as they were given where
@@ -40,6 +42,9 @@ def block_attention(
     page, position s is row s % S of page `page_table[b, s // S]`. A negative entry is no page; rows that fall there, or
     past the table, are not written, and their outputs mean nothing.
 
+    Heads side by side: a cache [P, K / p, S, p * H] holds p key heads in one. It is for heads of 64 on TPU, whose
+    memory has rows of 128 numbers: p = 2 halves what the cache takes and what is read.
+
     What row i sees of the block: rows up to itself (`causal`), all rows (not causal), or the rows j with
     `mask[b, i, j]`, which replaces `causal`; it should see itself. Rows of a tree lie in the order given,
     and stand `depths[b, i]` positions behind the committed ones (0 for the anchor; default i). A window counts the row
@@ -47,21 +52,49 @@ def block_attention(
 
     ValueError for sizes that do not fit each other, or an `implementation` that does not take this call.
     """
-    B, W, N, _ = q.shape
-    K = keys.shape[1]
-    if N % K:
-        raise ValueError(f"{N} query heads cannot share {K} key heads evenly")
-    if page_table is None and keys.shape[0] != B:
-        raise ValueError(f"a dense cache has an entry a sequence: {keys.shape[0]} entries, {B} sequences")
-    if page_table is not None and not keys.shape[2]:
-        raise ValueError("a page has at least one row")
-    if depths is not None and mask is None:
-        raise ValueError("depths are of a tree, which has a mask too")
+    packed = _check(q, keys, values, block_keys, page_table, mask, depths)
+    if packed > 1:
+        q, block_keys, block_values = _side_by_side(q, block_keys, block_values, packed)
     options = {"causal": causal, "scale": scale, "window": window, "soft_cap": soft_cap, "write": write}
     arrays = (q, keys, values, block_keys, block_values, lengths, page_table, mask, depths, sinks)
     takes = reason_against(q, keys, causal, mask, write, page_table) is None
-    return dispatch(
+    out, keys, values = dispatch(
         implementation, *arrays,
         reference=partial(attend, **options),
         tpu=partial(tpu.attend, **options) if takes else None,
     )  # fmt: skip
+    return _one_head(out, keys.shape[1], packed) if packed > 1 else out, keys, values
+
+
+def _check(
+    q: Array, keys: Array, values: Array, block_keys: Array, table: Array | None, mask: Array | None, depths: Any
+) -> int:
+    """The number of heads side by side in the cache; ValueError for sizes that do not fit each other."""
+    (B, _, N, H), K, cache = q.shape, block_keys.shape[2], keys.shape
+    if N % K:
+        raise ValueError(f"{N} query heads cannot share {K} key heads evenly")
+    if cache != values.shape or cache[3] % H or cache[1] * cache[3] != K * H:
+        raise ValueError(f"keys {cache} and values {values.shape} do not hold {K} heads of {H}")
+    if table is None and cache[0] != B:
+        raise ValueError(f"a dense cache has an entry a sequence: {cache[0]} entries, {B} sequences")
+    if table is not None and not cache[2]:
+        raise ValueError("a page has at least one row")
+    if depths is not None and mask is None:
+        raise ValueError("depths are of a tree, which has a mask too")
+    return cache[3] // H
+
+
+def _side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
+    """The same attention with fewer, longer key heads: a query is zero where the other heads' numbers lie."""
+    (B, W, N, H), K = q.shape, block_keys.shape[2] // packed
+    apart = q.reshape(B, W, K, packed, N // K // packed, 1, H)
+    own = jnp.eye(packed, dtype=bool)[:, None, :, None]
+    q = jnp.where(own, apart, jnp.zeros_like(apart)).reshape(B, W, N, packed * H)
+    return q, block_keys.reshape(B, W, K, packed * H), block_values.reshape(B, W, K, packed * H)
+
+
+def _one_head(out: Array, kv_heads: int, packed: int) -> Array:
+    """Of each query head's output the numbers of its own key head."""
+    B, W, N, H = out.shape
+    out = out.reshape(B, W, kv_heads, packed, N // kv_heads // packed, packed, H // packed)
+    return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)

@@ -1,6 +1,6 @@
 """Sizes and traffic of the TPU kernel: all that is decided from shapes alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -132,14 +132,15 @@ def reason_against(q: Any, keys: Any, causal: bool, mask: Any, write: bool, tabl
     item = keys.dtype.itemsize
     if keys.dtype not in (jnp.bfloat16, jnp.float32) or q.dtype != keys.dtype:
         return "queries and cache are bfloat16 or float32, both the same"
-    if H % 64 or H > 512 or N // K > LANES:
-        return "a head has 64, 128, 192, ... 512 numbers, and a key head at most 128 query heads"
+    if H % LANES or H > 512 or N // K > LANES:
+        return "a head has 128, 256, 384 or 512 numbers (two of 64 side by side), a key head at most 128 query heads"
     if not page or page % (32 // item):
         return f"a page has a multiple of {32 // item} rows"
     if table is not None and 4 * table.size > TABLE:
         return f"a page table has at most {TABLE // 4} entries"
-    if W > longest_block(N // K, H) and not (causal and mask is None and write):
-        return f"a block of more than {longest_block(N // K, H)} rows is causal, without a mask, and written"
+    most = longest_block(N // K, H)
+    if most < W and not (causal and mask is None and write):
+        return f"a block of more than {most} rows is causal, without a mask, and written"
     return None
 
 
@@ -148,7 +149,9 @@ def longest_block(group: int, head_dim: int) -> int:
     return max(min(ACCUMULATOR // (group * head_dim), 2048 // group), 1)
 
 
-def make_plan(q: Any, keys: Any, table: Any, *, tree: bool, sinks: bool, kind: str | None = None, **options: Any) -> Plan:
+def make_plan(
+    q: Any, keys: Any, table: Any, *, tree: bool, sinks: bool, kind: str | None = None, **options: Any
+) -> Plan:
     """Sizes for shapes that `reason_against` has nothing against. `options` are those of `block_attention`."""
     (B, W, N, H), (_, K, page, _) = q.shape, keys.shape
     pages = 1 if table is None else table.shape[1]
@@ -168,7 +171,7 @@ def make_plan(q: Any, keys: Any, table: Any, *, tree: bool, sinks: bool, kind: s
     units = B * K // heads
     cores = splits if splits > 1 else tuned["cores"] if units % tuned["cores"] == 0 else 1
     sizes = {"piece": piece, "heads": heads, "tile": most // grain * grain, "splits": splits, "cores": cores}
-    return Plan(**{**vars(plan), **sizes})
+    return replace(plan, **sizes)
 
 
 def _heads(plan: Plan, most: int) -> int:

@@ -76,16 +76,20 @@ def attend(
     if not keys.shape[2]:
         seen = visible(jnp.zeros(B, jnp.int32), W, W, causal, window, mask, depths)
         return _softmax(q, *own, seen, scale, soft_cap, sinks), keys, values
-    caches = keys, values
-    dense = caches if page_table is None else tuple(gather_pages(cache, page_table, lengths, W) for cache in caches)
-    placed = tuple(write_rows(cache, rows, lengths) for cache, rows in zip(dense, own, strict=True))
-    out = _softmax(q, *placed, visible(lengths, W, placed[0].shape[2], causal, window, mask, depths),
-                   scale, soft_cap, sinks)  # fmt: skip
+
+    def place(cache: Array, rows: Array) -> Array:
+        dense = cache if page_table is None else gather_pages(cache, page_table, lengths, W)
+        return write_rows(dense, rows, lengths)
+
+    all_keys, all_values = place(keys, own[0]), place(values, own[1])
+    seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
+    out = _softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks)
     if not write:
         return out, keys, values
     if page_table is None:
-        return out, *placed
-    return out, *(write_rows(c, r, lengths, page_table=page_table) for c, r in zip(caches, own, strict=True))
+        return out, all_keys, all_values
+    keys, values = (write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True))
+    return out, keys, values
 
 
 def _softmax(

@@ -6,19 +6,20 @@ from jaxtyping import Array, Float, Int
 
 
 def write_rows(
-    cache: Float[Array, "P K S H"],
+    cache: Float[Array, "P Kp S Hp"],
     rows: Float[Array, "B K W H"],
     start: Int[Array, "B"],
     count: Int[Array, "B"] | None = None,
     *,
     page_table: Int[Array, "B n"] | None = None,
-) -> Float[Array, "P K S H"]:
+) -> Float[Array, "P Kp S Hp"]:
     """The cache with row i of sequence b at `start[b] + i`, for i < `count[b]` only where that is given.
 
     Dense (no page table, P = B): all W rows must have room, start + W <= S. Paged (S rows a page): position s of
     sequence b is row s % S of page `page_table[b, s // S]`; where that entry is negative, or past the table's end,
-    the row is dropped.
+    the row is dropped. The cache may hold heads side by side, see `block_attention`.
     """
+    rows = pack(rows, cache.shape[3] // rows.shape[3])
     if page_table is not None:
         return _scatter(cache, rows.astype(cache.dtype), start, count, page_table)
 
@@ -29,6 +30,14 @@ def write_rows(
         return jax.lax.dynamic_update_slice_in_dim(cache, rows, start, axis=1)
 
     return jax.vmap(place)(cache, rows.astype(cache.dtype), start, count)
+
+
+def pack(rows: Float[Array, "B K W H"], heads: int) -> Float[Array, "B Kp W Hp"]:
+    """Rows with `heads` heads side by side in one."""
+    B, K, W, H = rows.shape
+    if heads == 1:
+        return rows
+    return rows.reshape(B, K // heads, heads, W, H).swapaxes(2, 3).reshape(B, K // heads, W, heads * H)
 
 
 def _scatter(cache: Array, rows: Array, start: Array, count: Array | None, page_table: Array) -> Array:

@@ -33,24 +33,25 @@ def attend(
 ) -> tuple[Array, Array, Array]:
     """What `reference.attend` computes; a long causal block in parts, each committed before the next."""
     W, most = q.shape[1], longest_block(q.shape[2] // keys.shape[1], q.shape[3])
-    if W <= most:
-        return _block(q, keys, values, block_keys, block_values, lengths, page_table, mask, depths, sinks,
-                      kind=kind, **options)  # fmt: skip
+    run = partial(_block, kind=kind, **options)
+    if most >= W:
+        return run(q, keys, values, block_keys, block_values, lengths, page_table, mask, depths, sinks)
 
-    def part(i: Any, rows: int, caches: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        q_, k, v = (jax.lax.dynamic_slice_in_dim(x, i, rows, axis=1) for x in (q, block_keys, block_values))
-        return _block(q_, *caches, k, v, lengths + i, page_table, None, None, sinks, kind=kind, **options)
+    def part(keys: Array, values: Array, i: Any, rows: int) -> tuple[Array, Array, Array]:
+        own = (jax.lax.dynamic_slice_in_dim(x, i, rows, axis=1) for x in (q, block_keys, block_values))
+        some, block_keys_, block_values_ = own
+        return run(some, keys, values, block_keys_, block_values_, lengths + i, page_table, None, None, sinks)
 
     def step(caches: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
-        out, *caches = part(i, most, caches)
-        return tuple(caches), out
+        out, keys, values = part(*caches, i, most)
+        return (keys, values), out
 
-    caches, outs = jax.lax.scan(step, (keys, values), jnp.arange(W // most) * most)
+    (keys, values), outs = jax.lax.scan(step, (keys, values), jnp.arange(W // most) * most)
     parts = [jnp.moveaxis(outs, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])]
     if W % most:
-        out, *caches = part(W // most * most, W % most, caches)
+        out, keys, values = part(keys, values, W // most * most, W % most)
         parts.append(out)
-    return jnp.concatenate(parts, 1), *caches
+    return jnp.concatenate(parts, 1), keys, values
 
 
 def _block(
@@ -88,7 +89,9 @@ def _block(
     if plan.splits > 1:
         out = _merge(out, rest.pop(0)).astype(q.dtype)
     out = out[:, :, : W * G].reshape(B, K, W, G, H).transpose(0, 2, 1, 3, 4).reshape(q.shape)
-    return out, *(rest if plan.write else (keys, values))
+    if plan.write:
+        keys, values = rest
+    return out, keys, values
 
 
 def _pad(x: Array, rows: int) -> Array:

@@ -1,6 +1,5 @@
 """The body of the TPU kernel: one unit a grid step, its pages by hand in two buffers."""
 
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
