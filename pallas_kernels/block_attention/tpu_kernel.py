@@ -39,9 +39,10 @@ def unit_of(plan: Plan, lengths: Any, core: Scalar, step: Scalar) -> Unit:
     pieces = length * 0 if plan.window == 1 else jax.lax.div(length - first + plan.piece - 1, plan.piece)
     begin, end = length * 0, jax.lax.div(pieces + per_tile - 1, per_tile)
     if plan.splits > 1:
+        # Dealt from the end: the core that writes the block is the one that reads the memory tile it begins in.
         share = jax.lax.div(end + plan.splits - 1, plan.splits)
-        begin = jnp.minimum(core * share, end)
-        end = jnp.minimum(begin + share, end)
+        begin = jnp.maximum(end - (plan.splits - core) * share, 0)
+        end = jnp.maximum(end - (plan.splits - 1 - core) * share, 0)
     return Unit(sequence, head, length, first, pieces, begin, end)
 
 
