@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.block_attention import tpu
@@ -52,24 +51,21 @@ def block_attention(
 
     ValueError for sizes that do not fit each other, or an `implementation` that does not take this call.
     """
-    packed = _check(q, keys, values, block_keys, page_table, mask, depths)
-    if packed > 1:
-        q, block_keys, block_values = _side_by_side(q, block_keys, block_values, packed)
+    _check(q, keys, values, block_keys, page_table, mask, depths)
     options = {"causal": causal, "scale": scale, "window": window, "soft_cap": soft_cap, "write": write}
     arrays = (q, keys, values, block_keys, block_values, lengths, page_table, mask, depths, sinks)
     takes = reason_against(q, keys, causal, mask, write, page_table) is None
-    out, keys, values = dispatch(
+    return dispatch(
         implementation, *arrays,
         reference=partial(attend, **options),
         tpu=partial(tpu.attend, **options) if takes else None,
     )  # fmt: skip
-    return _one_head(out, keys.shape[1], packed) if packed > 1 else out, keys, values
 
 
 def _check(
     q: Array, keys: Array, values: Array, block_keys: Array, table: Array | None, mask: Array | None, depths: Any
-) -> int:
-    """The number of heads side by side in the cache; ValueError for sizes that do not fit each other."""
+) -> None:
+    """ValueError for sizes that do not fit each other."""
     (B, _, N, H), K, cache = q.shape, block_keys.shape[2], keys.shape
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key heads evenly")
@@ -81,20 +77,3 @@ def _check(
         raise ValueError("a page has at least one row")
     if depths is not None and mask is None:
         raise ValueError("depths are of a tree, which has a mask too")
-    return cache[3] // H
-
-
-def _side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
-    """The same attention with fewer, longer key heads: a query is zero where the other heads' numbers lie."""
-    (B, W, N, H), K = q.shape, block_keys.shape[2] // packed
-    apart = q.reshape(B, W, K, packed, N // K // packed, 1, H)
-    own = jnp.eye(packed, dtype=bool)[:, None, :, None]
-    q = jnp.where(own, apart, jnp.zeros_like(apart)).reshape(B, W, N, packed * H)
-    return q, block_keys.reshape(B, W, K, packed * H), block_values.reshape(B, W, K, packed * H)
-
-
-def _one_head(out: Array, kv_heads: int, packed: int) -> Array:
-    """Of each query head's output the numbers of its own key head."""
-    B, W, N, H = out.shape
-    out = out.reshape(B, W, kv_heads, packed, N // kv_heads // packed, packed, H // packed)
-    return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)

@@ -20,9 +20,10 @@ class Plan:
 
     batch: int
     width: int  # rows of the block
-    kv_heads: int
-    group: int  # query heads a KV head
-    head_dim: int
+    kv_heads: int  # of the cache, each of them `packed` of the model side by side
+    packed: int
+    group: int  # query heads a KV head of the model
+    head_dim: int  # numbers of a row of the cache
     page: int  # rows of a page; of a whole sequence in a dense cache
     pages: int  # of a sequence at most
     paged: bool
@@ -32,7 +33,7 @@ class Plan:
     window: int | None
     soft_cap: float | None
     write: bool
-    tree: bool
+    masks: int  # trees: none, one for all sequences, or one for each
     sinks: bool
     heads: int = 1  # KV heads of a unit
     piece: int = 16  # rows of one copy
@@ -46,19 +47,19 @@ class Plan:
         return 32 // self.item
 
     @property
-    def rows(self) -> int:
-        """Query rows of a KV head, W * G and padding."""
-        return round_up(self.width * self.group, self.sublanes)
+    def queries(self) -> int:
+        """Query rows of a KV head of the model: W * G."""
+        return self.width * self.group
 
     @property
-    def own(self) -> int:
-        """Rows of the block, and padding."""
-        return round_up(self.width, self.sublanes)
+    def rows(self) -> int:
+        """Query rows of a KV head of the cache."""
+        return self.packed * self.queries
 
     @property
     def stage(self) -> int:
         """Rows of whole memory tiles that hold the block at any offset."""
-        return self.own + self.sublanes
+        return round_up(self.width, self.sublanes) + self.sublanes
 
     @property
     def capacity(self) -> int:
@@ -76,38 +77,36 @@ class Plan:
     @property
     def tree_lanes(self) -> int:
         """A row's mask, its depth behind it, and padding."""
-        return round_up(self.own + 1, LANES)
+        return round_up(self.width + 1, LANES)
 
     def context(self, length: int) -> int:
         """Cache rows that are read of a sequence of `length` committed rows."""
-        if self.window == 1:
-            return 0
-        first = 0 if self.window is None else max(length - self.window + 1, 0) // self.piece * self.piece
-        return round_up(length - first, self.piece)
+        near = length if self.window is None else max(self.window - 1, 1)  # one at least: `tpu_rows` needs the last
+        return round_up(length - max(length - near, 0) // self.piece * self.piece, self.piece)
 
     def bytes_moved(self, lengths: list[int]) -> int:
         """Bytes between HBM and VMEM, those of the merge behind a split included."""
         row = self.kv_heads * self.head_dim * self.item
         moved = sum(2 * self.context(length) * row for length in lengths)
         if self.write:
-            offsets = [length % self.sublanes for length in lengths]
-            tiles = sum(-(-(offset + self.width) // self.sublanes) + (offset > 0) for offset in offsets)
+            tiles = sum(-(-(length % self.sublanes + self.width) // self.sublanes) for length in lengths)
             moved += 2 * tiles * self.sublanes * row
-        queries = self.batch * self.kv_heads * self.rows
-        moved += self.splits * (queries * self.head_dim * self.item + 2 * self.batch * self.own * row)
-        moved += queries * self.head_dim * self.item  # the output
+        queries = self.batch * self.kv_heads * self.queries * self.head_dim * self.item
+        moved += self.splits * (queries + 2 * self.batch * self.width * row) + queries  # q, the block, the output
         if self.splits > 1:
-            moved += 2 * self.splits * queries * (self.head_dim + LANES) * 4
+            moved += merge_bytes(self, self.splits)
         groups = self.kv_heads // self.heads
         if self.sinks:
             moved += (self.cores if groups == 1 else self.cores * self.steps) * self.heads * LANES * 4
-        if self.tree:
-            moved += self.splits * self.batch * self.own * self.tree_lanes * 4
+        if self.masks:
+            units = [range(c * self.steps, (c + 1) * self.steps) for c in range(self.cores // self.splits)]
+            trees = sum(len({u // groups for u in part}) if self.masks > 1 else 1 for part in units)
+            moved += self.splits * trees * self.width * self.tree_lanes * 4
         return moved
 
     def scores(self, lengths: list[int]) -> int:
         """Query-key pairs of a call."""
-        return self.kv_heads * self.rows * sum(self.context(length) + self.own for length in lengths)
+        return self.kv_heads * self.rows * sum(self.context(length) + self.width for length in lengths)
 
     @property
     def full(self) -> list[int]:
@@ -128,7 +127,7 @@ def divisor(n: int, grain: int, limit: int) -> int:
 
 def reason_against(q: Any, keys: Any, causal: bool, mask: Any, write: bool, table: Any) -> str | None:
     """Why the kernel does not take a call; None where it does."""
-    (_, W, N, H), (_, K, page, _) = q.shape, keys.shape
+    (_, W, N, _), (_, K, page, H) = q.shape, keys.shape
     item = keys.dtype.itemsize
     if keys.dtype not in (jnp.bfloat16, jnp.float32) or q.dtype != keys.dtype:
         return "queries and cache are bfloat16 or float32, both the same"
@@ -150,14 +149,15 @@ def longest_block(group: int, head_dim: int) -> int:
 
 
 def make_plan(
-    q: Any, keys: Any, table: Any, *, tree: bool, sinks: bool, kind: str | None = None, **options: Any
+    q: Any, keys: Any, table: Any, *, masks: int, sinks: bool, kind: str | None = None, **options: Any
 ) -> Plan:
     """Sizes for shapes that `reason_against` has nothing against. `options` are those of `block_attention`."""
-    (B, W, N, H), (_, K, page, _) = q.shape, keys.shape
+    (B, W, N, _), (_, K, page, H) = q.shape, keys.shape
+    packed = H // q.shape[3]
     pages = 1 if table is None else table.shape[1]
     plan = Plan(
-        batch=B, width=W, kv_heads=K, group=N // K, head_dim=H, page=page, pages=pages, paged=table is not None,
-        item=keys.dtype.itemsize, tree=tree, sinks=sinks, **options,
+        batch=B, width=W, kv_heads=K, packed=packed, group=N // K // packed, head_dim=H, page=page, pages=pages,
+        paged=table is not None, item=keys.dtype.itemsize, masks=masks, sinks=sinks, **options,
     )  # fmt: skip
     tuned = tuning(__file__)
     tuned = {**tuned["default"], **tuned.get(kind or device_kind(), {})}
@@ -167,7 +167,7 @@ def make_plan(
     most = min(tuned["tile"], ACCUMULATOR // plan.rows, tuned["buffer"] // (heads * H * plan.item * 4))
     most = max(min(most, round_up(near, piece) + piece * (plan.window is not None)), piece)
     grain = lcm(piece, LANES) if lcm(piece, LANES) <= most else piece
-    splits = tuned["splits"] if 20 * _merge(plan, tuned["splits"]) <= _context(plan) else 1
+    splits = tuned["splits"] if 20 * merge_bytes(plan, tuned["splits"]) <= _context(plan) else 1
     units = B * K // heads
     cores = splits if splits > 1 else tuned["cores"] if units % tuned["cores"] == 0 else 1
     sizes = {"piece": piece, "heads": heads, "tile": most // grain * grain, "splits": splits, "cores": cores}
@@ -175,16 +175,20 @@ def make_plan(
 
 
 def _heads(plan: Plan, most: int) -> int:
-    """As many heads a unit as VMEM allows, but an even number of units where that can be: v5p has two cores."""
-    room = ACCUMULATOR // (plan.rows * plan.head_dim)
+    """As many heads a unit as VMEM allows, but an even number of units where that can be: v5p has two cores.
+
+    The kernel's code repeats for each head; long blocks have enough to do with two.
+    """
+    room = min(ACCUMULATOR // (plan.rows * plan.head_dim), max(2048 // plan.rows, 1))
     fits = [h for h in range(1, min(most, room, plan.kv_heads) + 1) if plan.kv_heads % h == 0]
     even = [h for h in fits if plan.batch * plan.kv_heads // h % 2 == 0]
     return max(even or fits or [1])
 
 
-def _merge(plan: Plan, splits: int) -> int:
+def merge_bytes(plan: Plan, splits: int) -> int:
     """Bytes that a split context costs."""
-    return 2 * splits * plan.batch * plan.kv_heads * plan.rows * (plan.head_dim + LANES) * 4
+    rows = plan.batch * plan.kv_heads * (plan.queries * plan.head_dim + plan.rows * LANES)
+    return 2 * splits * rows * 4
 
 
 def _context(plan: Plan) -> int:

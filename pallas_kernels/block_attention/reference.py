@@ -71,6 +71,9 @@ def attend(
     write: bool,
 ) -> tuple[Float[Array, "B W N H"], Float[Array, "P K S H"], Float[Array, "P K S H"]]:
     """The definition of `block_attention`: place the rows behind the committed ones, attend once."""
+    packed = keys.shape[3] // q.shape[3]
+    if packed > 1:
+        q, block_keys, block_values = _side_by_side(q, block_keys, block_values, packed)
     B, W = q.shape[:2]
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
     if not keys.shape[2]:
@@ -84,12 +87,30 @@ def attend(
     all_keys, all_values = place(keys, own[0]), place(values, own[1])
     seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
     out = _softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks)
+    if packed > 1:
+        out = _one_head(out, keys.shape[1], packed)
     if not write:
         return out, keys, values
     if page_table is None:
         return out, all_keys, all_values
     keys, values = (write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True))
     return out, keys, values
+
+
+def _side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
+    """The same attention with fewer, longer key heads: a query is zero where the other heads' numbers lie."""
+    (B, W, N, H), K = q.shape, block_keys.shape[2] // packed
+    apart = q.reshape(B, W, K, packed, N // K // packed, 1, H)
+    own = jnp.eye(packed, dtype=bool)[:, None, :, None]
+    q = jnp.where(own, apart, jnp.zeros_like(apart)).reshape(B, W, N, packed * H)
+    return q, block_keys.reshape(B, W, K, packed * H), block_values.reshape(B, W, K, packed * H)
+
+
+def _one_head(out: Array, kv_heads: int, packed: int) -> Array:
+    """Of each query head's output the numbers of its own key head."""
+    B, W, N, H = out.shape
+    out = out.reshape(B, W, kv_heads, packed, N // kv_heads // packed, packed, H // packed)
+    return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)
 
 
 def _softmax(

@@ -32,7 +32,7 @@ def attend(
     **options: Any,
 ) -> tuple[Array, Array, Array]:
     """What `reference.attend` computes; a long causal block in parts, each committed before the next."""
-    W, most = q.shape[1], longest_block(q.shape[2] // keys.shape[1], q.shape[3])
+    W, most = q.shape[1], longest_block(q.shape[2] // keys.shape[1], keys.shape[3])
     run = partial(_block, kind=kind, **options)
     if most >= W:
         return run(q, keys, values, block_keys, block_values, lengths, page_table, mask, depths, sinks)
@@ -69,55 +69,51 @@ def _block(
     kind: str | None,
     **options: Any,
 ) -> tuple[Array, Array, Array]:
-    plan = make_plan(q, keys, page_table, tree=mask is not None, sinks=sinks is not None, kind=kind, **options)
-    B, W, K, G, H, R = plan.batch, plan.width, plan.kv_heads, plan.group, plan.head_dim, plan.rows
-    folded = q.reshape(B, W, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, W * G, H)
+    masks = 0 if mask is None else max(mask.shape[0], 1 if depths is None else depths.shape[0])
+    plan = make_plan(q, keys, page_table, masks=masks, sinks=sinks is not None, kind=kind, **options)
+    B, W, K, p, G, L = plan.batch, plan.width, plan.kv_heads, plan.packed, plan.group, plan.head_dim
     table = jnp.zeros(1, jnp.int32) if page_table is None else page_table.reshape(-1).astype(jnp.int32)
     inputs = {
         "lengths": lengths.astype(jnp.int32),
         "table": table,
-        "q": _pad(folded, R),
-        "own_keys": _pad(block_keys.swapaxes(1, 2).astype(keys.dtype), plan.own),
-        "own_values": _pad(block_values.swapaxes(1, 2).astype(keys.dtype), plan.own),
+        "q": q.reshape(B, W, K, p, G, -1).transpose(0, 2, 1, 4, 3, 5).reshape(B, K, W * G, L),
+        "own_keys": block_keys.reshape(B, W, K, L).swapaxes(1, 2).astype(keys.dtype),
+        "own_values": block_values.reshape(B, W, K, L).swapaxes(1, 2).astype(keys.dtype),
     }
     if mask is not None:
         inputs["tree"] = _tree(plan, mask, depths)
     if sinks is not None:
-        by_head = sinks.astype(jnp.float32).reshape(K // plan.heads, plan.heads, G)
-        inputs["sinks"] = jnp.pad(by_head, ((0, 0), (0, 0), (0, LANES - G)))
+        by_head = sinks.astype(jnp.float32).reshape(K // plan.heads, plan.heads, p * G)
+        inputs["sinks"] = jnp.pad(by_head, ((0, 0), (0, 0), (0, LANES - p * G)))
     out, *rest = call(plan, {**inputs, "keys": keys, "values": values})
     if plan.splits > 1:
-        out = _merge(out, rest.pop(0)).astype(q.dtype)
-    out = out[:, :, : W * G].reshape(B, K, W, G, H).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+        out = _merge(plan, out, rest.pop(0)).astype(q.dtype)
+    out = out.reshape(B, K, W, G, p, -1).transpose(0, 2, 1, 4, 3, 5).reshape(q.shape)
     if plan.write:
         keys, values = rest
     return out, keys, values
 
 
-def _pad(x: Array, rows: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, 0)))
-
-
 def _tree(plan: Plan, mask: Array, depths: Array | None) -> Array:
-    """Mask and depths as numbers [B or 1, own, lanes], the window of the rows among themselves in the mask."""
+    """Mask and depths as numbers [1 or B, W, lanes], the window of the rows among themselves in the mask."""
     depths = jnp.arange(plan.width)[None] if depths is None else depths
     seen = own_mask(plan.width, plan.causal, plan.window, mask, depths)
-    batch, more = max(seen.shape[0], depths.shape[0]), plan.own - plan.width
-    tree = jnp.zeros((batch, plan.own, plan.tree_lanes), jnp.float32)
-    tree = tree.at[:, : plan.width, : plan.width].set(seen)
-    return tree.at[:, :, plan.own].set(jnp.pad(depths, ((0, 0), (0, more))))
+    tree = jnp.zeros((plan.masks, plan.width, plan.tree_lanes), jnp.float32)
+    return tree.at[:, :, : plan.width].set(seen).at[:, :, plan.width].set(depths)
 
 
-def _merge(out: Array, stats: Array) -> Array:
-    """Parts [splits B K R H] of a softmax, unnormalised, with their maxima and sums."""
-    top, total = stats[..., 0], stats[..., 1]
+def _merge(plan: Plan, out: Array, stats: Array) -> Array:
+    """Parts [splits B K W*G L] of a softmax, unnormalised, with the maxima and sums of their rows."""
+    top, total = (stats[..., i].reshape(*out.shape[:3], plan.packed, plan.queries) for i in range(2))
     share = jnp.exp(top - jnp.max(top, 0))
-    return jnp.sum(out * share[..., None], 0) / jnp.sum(total * share, 0)[..., None]
+    share = share / jnp.sum(total * share, 0)
+    lanes = jnp.repeat(jnp.moveaxis(share, 3, 4), plan.head_dim // plan.packed, axis=4)  # [splits B K W*G L]
+    return jnp.sum(out * lanes, 0)
 
 
 def call(plan: Plan, inputs: dict[str, Array]) -> list[Array]:
     """The kernel on laid-out inputs: output (and statistics if split), and the caches if written."""
-    (B, K, R, H), heads = inputs["q"].shape, plan.heads
+    (B, K, queries, L), heads = inputs["q"].shape, plan.heads
     dtype, groups = inputs["keys"].dtype, plan.kv_heads // heads
 
     def at(core: Any, step: Any, *_: Any) -> tuple[Any, Any]:
@@ -125,23 +121,22 @@ def call(plan: Plan, inputs: dict[str, Array]) -> list[Array]:
         return jax.lax.div(unit, groups), jax.lax.rem(unit, groups)
 
     def unit(rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, heads, rows, H), lambda *i: (*at(*i), 0, 0))
+        return pl.BlockSpec((None, heads, rows, L), lambda *i: (*at(*i), 0, 0))
 
-    specs = {"q": unit(R), "own_keys": unit(plan.own), "own_values": unit(plan.own)}
-    if plan.tree:
-        shared = inputs["tree"].shape[0] == 1
+    specs = {"q": unit(queries), "own_keys": unit(plan.width), "own_values": unit(plan.width)}
+    if plan.masks:
         specs["tree"] = pl.BlockSpec(
-            (None, *inputs["tree"].shape[1:]), lambda *i: (0 if shared else at(*i)[0], 0, 0)
-        )  # fmt: skip
+            (None, plan.width, plan.tree_lanes), lambda *i: (at(*i)[0] if plan.masks > 1 else 0, 0, 0)
+        )
     if plan.sinks:
         specs["sinks"] = pl.BlockSpec((None, heads, LANES), lambda *i: (at(*i)[1], 0, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     read = ["keys", "values"] if not plan.write else ["keys_given", "values_given"]
-    outs = {"out": (jax.ShapeDtypeStruct((B, K, R, H), dtype), unit(R))}
+    outs = {"out": (jax.ShapeDtypeStruct((B, K, queries, L), dtype), unit(queries))}
     if plan.splits > 1:
-        for name, lanes in (("out", H), ("stats", LANES)):
-            spec = pl.BlockSpec((None, None, heads, R, lanes), lambda *i: (i[0], *at(*i), 0, 0))
-            outs[name] = jax.ShapeDtypeStruct((plan.splits, B, K, R, lanes), jnp.float32), spec
+        for name, rows, lanes in (("out", queries, L), ("stats", plan.rows, LANES)):
+            spec = pl.BlockSpec((None, None, heads, rows, lanes), lambda *i: (i[0], *at(*i), 0, 0))
+            outs[name] = jax.ShapeDtypeStruct((plan.splits, B, K, rows, lanes), jnp.float32), spec
     if plan.write:
         outs |= {name: (jax.ShapeDtypeStruct(inputs[name].shape, dtype), anywhere) for name in ("keys", "values")}
     scratch = _scratch(plan, dtype)
@@ -183,11 +178,12 @@ def _scratch(plan: Plan, dtype: Any) -> dict[str, Any]:
         "total": pltpu.VMEM((heads, R, 1), jnp.float32),
         "depth": pltpu.VMEM((R, 1), jnp.int32),
     }
+    if plan.packed > 1:
+        shapes["apart"] = pltpu.VMEM((heads, R, H), jnp.float32)
     if plan.write:
         shapes |= {
+            "turned": pltpu.VMEM((plan.stage, H), jnp.float32),
             "stage": pltpu.VMEM((2, heads, plan.stage, H), dtype),
-            "before": pltpu.VMEM((2, heads, plan.sublanes, H), dtype),
-            "fetched": pltpu.SemaphoreType.DMA((2,)),
             "kept": pltpu.SemaphoreType.DMA((2,)),
         }
     return shapes

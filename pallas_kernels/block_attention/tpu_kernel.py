@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_attention.plan import LANES, Plan
-from pallas_kernels.block_attention.tpu_rows import keep_rows, prepare_rows
+from pallas_kernels.block_attention.tpu_rows import keep_rows
 
 HIDDEN = -1e30
 Scalar = Any
@@ -35,8 +35,8 @@ def unit_of(plan: Plan, lengths: Any, core: Scalar, step: Scalar) -> Unit:
     length = lengths[sequence]
     first = length * 0
     if plan.window is not None:
-        first = jax.lax.div(jnp.maximum(length - plan.window + 1, 0), plan.piece) * plan.piece
-    pieces = length * 0 if plan.window == 1 else jax.lax.div(length - first + plan.piece - 1, plan.piece)
+        first = jax.lax.div(jnp.maximum(length - max(plan.window - 1, 1), 0), plan.piece) * plan.piece
+    pieces = jax.lax.div(length - first + plan.piece - 1, plan.piece)
     begin, end = length * 0, jax.lax.div(pieces + per_tile - 1, per_tile)
     if plan.splits > 1:
         # Dealt from the end: the core that writes the block is the one that reads the memory tile it begins in.
@@ -84,6 +84,9 @@ def start_first(plan: Plan, r: SimpleNamespace, core: Scalar, step: Scalar, slot
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """A product of two matrices over the axes given, in fp32."""
+    if y.shape[0] == 1:  # plain decoding's one row; Mosaic has no product with a single row of 2-byte numbers
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.sum(x * y, 1, keepdims=True) if contract == (1, 1) else x * y
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -93,7 +96,8 @@ def accumulate(
     plan: Plan, r: SimpleNamespace, head: int, keys: jax.Array, values: jax.Array, seen: jax.Array | None
 ) -> None:
     """One step of the softmax of a head: keys and values [T H], of which row r sees seen [R T]; None is all of them."""
-    scores = dot(r.q[head], keys, (1, 1)) * plan.scale
+    q = r.q[head] if plan.packed == 1 else r.apart[head].astype(keys.dtype)
+    scores = dot(q, keys, (1, 1)) * plan.scale
     if plan.soft_cap is not None:
         scores = plan.soft_cap * jnp.tanh(scores / plan.soft_cap)
     if seen is not None:
@@ -106,23 +110,49 @@ def accumulate(
     r.acc[head] = r.acc[head] * kept + dot(weights.astype(values.dtype), values, (1, 0))
 
 
-def row_tokens(plan: Plan) -> jax.Array:
-    """The row of the block that a query row belongs to, [R 1]. In fp32, which has a division by any number."""
-    row = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0).astype(jnp.float32)
-    return jnp.floor((row + 0.5) * (1.0 / plan.group)).astype(jnp.int32)
+def row_places(plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """The row of the block, and the query head of the KV head, that a query row stands for, [R 1] each.
+
+    Query rows are in the order (head of the cache's row, row of the block, query head).
+    """
+    row = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0)
+    part = sum(((row >= i * plan.queries).astype(jnp.int32) for i in range(1, plan.packed)), jnp.zeros_like(row))
+    row -= part * plan.queries
+    # In fp32, which has a division by any number.
+    token = jnp.floor((row.astype(jnp.float32) + 0.5) * (1.0 / plan.group)).astype(jnp.int32)
+    return token, part * plan.group + row - token * plan.group
+
+
+def spread(plan: Plan, r: SimpleNamespace) -> None:
+    """Queries of heads that lie side by side, each in rows of its own that are zero where the others' numbers lie."""
+    size = plan.head_dim // plan.packed
+    lane = jax.lax.broadcasted_iota(jnp.int32, (plan.queries, plan.head_dim), 1)
+    for head in range(plan.heads):
+        q = r.q[head].astype(jnp.float32)
+        for i in range(plan.packed):
+            own = (lane >= i * size) & (lane < (i + 1) * size)
+            r.apart[head, i * plan.queries : (i + 1) * plan.queries] = jnp.where(own, q, 0.0)
+
+
+def gathered(plan: Plan, x: jax.Array) -> jax.Array:
+    """The way back: of x [R H] each head's own numbers, [W*G H]."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (plan.queries, plan.head_dim), 1)
+    out = x[: plan.queries]
+    for i in range(1, plan.packed):
+        own = lane >= i * (plan.head_dim // plan.packed)
+        out = jnp.where(own, x[i * plan.queries : (i + 1) * plan.queries], out)
+    return out
 
 
 def own_view(plan: Plan, r: SimpleNamespace) -> tuple[jax.Array, jax.Array]:
-    """What the query rows see of the block [R own], and how deep they stand in it [R 1]."""
-    token = row_tokens(plan)
-    column = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.own), 1)
-    if plan.tree:
+    """What the query rows see of the block [R W], and how deep they stand in it [R 1]."""
+    token, _ = row_places(plan)
+    column = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.width), 1)
+    if plan.masks:
         # The product with a one-hot matrix repeats the mask's rows for the G heads; its numbers are small and exact.
         tree = dot((column == token).astype(jnp.float32), r.tree[...], (1, 0))
-        return tree[:, : plan.own] > 0.5, (tree[:, plan.own : plan.own + 1] + 0.5).astype(jnp.int32)
-    seen = column < plan.width
-    if plan.causal:
-        seen &= column <= token
+        return tree[:, : plan.width] > 0.5, (tree[:, plan.width : plan.width + 1] + 0.5).astype(jnp.int32)
+    seen = column <= (token if plan.causal else plan.width)
     if plan.window is not None:
         seen &= column > token - plan.window
     return seen, token
@@ -133,6 +163,8 @@ def start_rows(plan: Plan, r: SimpleNamespace, tail: Scalar) -> None:
     r.top[...] = jnp.full_like(r.top, HIDDEN)
     r.total[...] = jnp.zeros_like(r.total)
     r.acc[...] = jnp.zeros_like(r.acc)
+    if plan.packed > 1:
+        spread(plan, r)
     seen, depth = own_view(plan, r)
     r.depth[...] = depth
 
@@ -141,8 +173,8 @@ def start_rows(plan: Plan, r: SimpleNamespace, tail: Scalar) -> None:
         for head in range(plan.heads):
             if plan.sinks:
                 lane = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
-                turn = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0) - row_tokens(plan) * plan.group
-                r.top[head] = jnp.sum(jnp.where(lane == turn, r.sinks[pl.ds(head, 1)], 0.0), 1, keepdims=True)
+                mine = lane == row_places(plan)[1]
+                r.top[head] = jnp.sum(jnp.where(mine, r.sinks[pl.ds(head, 1)], 0.0), 1, keepdims=True)
                 r.total[head] = jnp.ones_like(r.total[head])
             accumulate(plan, r, head, r.own_keys[head], r.own_values[head], seen)
 
@@ -176,10 +208,10 @@ def finish(plan: Plan, r: SimpleNamespace) -> None:
     """The unit's output, or its part of one."""
     for head in range(plan.heads):
         if plan.splits == 1:
-            r.out[head] = (r.acc[head] / r.total[head]).astype(r.out.dtype)
+            r.out[head] = gathered(plan, r.acc[head] / r.total[head]).astype(r.out.dtype)
         else:
             lane = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
-            r.out[head] = r.acc[head]
+            r.out[head] = gathered(plan, r.acc[head])
             r.stats[head] = jnp.where(lane == 0, r.top[head], r.total[head])
 
 
@@ -196,8 +228,6 @@ def body(plan: Plan, names: list[str], *refs: Any) -> None:
         start_first(plan, r, core, step, 0)
 
     slot = r.slot[0]
-    if plan.write:
-        prepare_rows(plan, r, unit, tail, page_of)
     start_rows(plan, r, tail)
 
     def one(tile: Scalar, _: None) -> None:
@@ -222,4 +252,5 @@ def body(plan: Plan, names: list[str], *refs: Any) -> None:
     r.slot[0] = jax.lax.rem(slot + unit.end - unit.begin, 2)
     finish(plan, r)
     if plan.write:
-        keep_rows(plan, r, unit, tail, page_of, lambda step: unit_of(plan, r.lengths, core, step))
+        last = jax.lax.rem(slot + jnp.maximum(unit.end - unit.begin - 1, 0), 2)
+        keep_rows(plan, r, unit, last, tail, page_of, lambda step: unit_of(plan, r.lengths, core, step))

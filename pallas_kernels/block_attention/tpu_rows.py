@@ -1,8 +1,9 @@
 """The block's rows into their pages, in place.
 
 Memory holds rows in tiles (8 rows of 4 bytes, 16 of 2), and a copy moves whole tiles. So the block is laid out in VMEM
-as it will lie in memory: the committed rows that share its first tile are read and written back as they were, and what
-follows it in its last tile is not committed and becomes zeros. Each tile lies in one page.
+as it will lie in memory: the committed rows that share its first tile are written back as they were (they are in VMEM,
+being the last of the context), and what follows it in its last tile is not committed and becomes zeros. Each tile lies
+in one page.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,20 +30,6 @@ def exists(plan: Plan, page: Any, row: Any) -> Any:
     return (row < plan.capacity) & (page >= 0)
 
 
-def before(plan: Plan, r: SimpleNamespace, unit: Any, page_of: PageOf) -> tuple[Any, list[Any]]:
-    """The copies of the tile where the block begins, and whether it holds committed rows."""
-    offset = offset_of(plan, unit)
-    start = unit.length - offset
-    page, row = page_of(plan, r.table, unit.sequence, start)
-    copies = [
-        pltpu.make_async_copy(
-            cache.at[page, pl.ds(unit.head, plan.heads), pl.ds(row, plan.sublanes)], r.before.at[j], r.fetched.at[j]
-        )
-        for j, cache in enumerate((r.keys, r.values))
-    ]
-    return (offset > 0) & exists(plan, page, start), copies
-
-
 def writes(plan: Plan, r: SimpleNamespace, unit: Any, page_of: PageOf) -> Iterator[tuple[Any, list[Any]]]:
     """The copies of the staged tiles into the caches, each with whether it is needed."""
     start = unit.length - offset_of(plan, unit)
@@ -60,20 +47,10 @@ def writes(plan: Plan, r: SimpleNamespace, unit: Any, page_of: PageOf) -> Iterat
         yield (tile < unit.length + plan.width) & exists(plan, page, tile), copies
 
 
-def prepare_rows(plan: Plan, r: SimpleNamespace, unit: Any, tail: Any, page_of: PageOf) -> None:
-    """Start to read the tile where the block begins."""
-    needed, copies = before(plan, r, unit, page_of)
-
-    @pl.when(tail & needed)
-    def _() -> None:
-        for copy in copies:
-            copy.start()
-
-
 def keep_rows(
-    plan: Plan, r: SimpleNamespace, unit: Any, tail: Any, page_of: PageOf, unit_at: Callable[[Any], Any]
+    plan: Plan, r: SimpleNamespace, unit: Any, slot: Any, tail: Any, page_of: PageOf, unit_at: Callable[[Any], Any]
 ) -> None:
-    """Write the block. Its copies end during the next unit, the last one's here."""
+    """Write the block; `slot` holds the context's last tile. Copies end in the next unit, those of the last here."""
     step = pl.program_id(1)
 
     def wait(unit: Any) -> None:
@@ -84,25 +61,26 @@ def keep_rows(
     @pl.when(tail)
     def _() -> None:
         pl.when(step > 0)(lambda: wait(unit_at(jnp.maximum(step - 1, 0))))
-        needed, copies = before(plan, r, unit, page_of)
-        for copy in copies:
-            pl.when(needed)(copy.wait)
-        _stage(plan, r, offset_of(plan, unit))
+        _stage(plan, r, unit, slot)
         for needed, copies in writes(plan, r, unit, page_of):
             for copy in copies:
                 pl.when(needed)(copy.start)
         pl.when(step == plan.steps - 1)(lambda: wait(unit))
 
 
-def _stage(plan: Plan, r: SimpleNamespace, offset: Any) -> None:
-    """Lay the block out behind `offset` rows of the tile where it begins."""
+def _stage(plan: Plan, r: SimpleNamespace, unit: Any, slot: Any) -> None:
+    """Lay the block out behind the committed rows of the memory tile where it begins."""
+    offset = offset_of(plan, unit)
+    inside = unit.length - offset - unit.first - (unit.end - 1) * plan.tile
+    inside = pl.multiple_of(jnp.where(offset > 0, inside, 0), plan.sublanes)
     committed = jax.lax.broadcasted_iota(jnp.int32, (plan.sublanes, plan.head_dim), 0) < offset
-    for j, own in enumerate((r.own_keys, r.own_values)):
+    for j, (own, tiles) in enumerate(((r.own_keys, r.key_tiles), (r.own_values, r.value_tiles))):
         for head in range(plan.heads):
             # Rows are turned in fp32: there a row has words of its own.
-            rows = own[head].astype(jnp.float32)
-            rows = jnp.concatenate([rows, jnp.zeros((plan.sublanes, plan.head_dim), jnp.float32)], 0)
-            rows = pltpu.roll(rows, offset, 0)
-            head_tile = jnp.where(committed, r.before[j, head].astype(jnp.float32), rows[: plan.sublanes])
-            r.stage[j, head, : plan.sublanes] = head_tile.astype(r.stage.dtype)
+            r.turned[...] = jnp.zeros_like(r.turned)
+            r.turned[: plan.width] = own[head].astype(jnp.float32)
+            rows = pltpu.roll(r.turned[...], offset, 0)
+            before = tiles[slot, head, pl.ds(inside, plan.sublanes)].astype(jnp.float32)
+            first = jnp.where(committed, before, rows[: plan.sublanes])
+            r.stage[j, head, : plan.sublanes] = first.astype(r.stage.dtype)
             r.stage[j, head, plan.sublanes :] = rows[plan.sublanes :].astype(r.stage.dtype)

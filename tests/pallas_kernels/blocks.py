@@ -133,7 +133,7 @@ class Block:
         return out
 
     def check(self, result: tuple[jax.Array, ...], expected: np.ndarray | None = None) -> None:
-        """Output as expected (the truth); caches exact: committed rows kept, the block behind, other pages untouched."""
+        """Output as expected (the truth); caches exact: committed rows, the block behind, other pages untouched."""
         out, *caches = (np.asarray(x, np.float64) for x in result)
         tolerance = 2e-5 if self.dtype == "float32" else 2e-2
         np.testing.assert_allclose(out, self.truth() if expected is None else expected, rtol=tolerance, atol=tolerance)

@@ -29,7 +29,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a short context has several, and the contexts are split as long ones are."""
     sizes = {"default": {**tuning(planning.__file__)["default"], "tile": 32, "piece": 16}}
     monkeypatch.setattr(planning, "tuning", lambda _: sizes)
-    monkeypatch.setattr(planning, "_merge", lambda plan, splits: 0)
+    monkeypatch.setattr(planning, "_context", lambda plan: 1 << 60)
 
 
 @st.composite
@@ -60,7 +60,7 @@ def test_equals_the_reference(small_tiles: None, block: Block):
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_several_tiles_and_units_on_two_cores_without_races(small_tiles: None, monkeypatch, splits: int):
-    monkeypatch.setattr(planning, "_merge", lambda plan, n: 0 if splits == 2 else 1 << 60)
+    monkeypatch.setattr(planning, "_context", lambda plan: 1 << 60 if splits == 2 else 0)
     block = Block((77, 0, 100, 1), 5, page=16, pages=7, window=70)
     block.check(interpreted(block, detect_races=True, num_cores_or_threads=2))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -88,7 +88,7 @@ def no_wait(plan: Any, r: Any, unit: Any, tile: Any, slot: Any, act: Any, honest
 
 def wrong_page(plan: Any, table: Any, sequence: Any, row: Any, honest: Any = tpu_kernel.page_of) -> Any:
     """The first row of a page is looked for in the page before."""
-    page, inside = honest(plan, table, sequence, row)
+    _, inside = honest(plan, table, sequence, row)
     return honest(plan, table, sequence, jax.numpy.where((inside == 0) & (row > 0), row - 1, row))[0], inside
 
 
@@ -99,7 +99,7 @@ def wide_window(*args: Any, honest: Any = planning.make_plan, **options: Any) ->
 def leaky_mask(plan: Any, r: Any, honest: Any = tpu_kernel.own_view) -> Any:
     seen, depth = honest(plan, r)
     column = jax.lax.broadcasted_iota(jax.numpy.int32, seen.shape, 1)
-    return seen | ((column == 4) & (tpu_kernel.row_tokens(plan) == 3)), depth
+    return seen | ((column == 4) & (tpu_kernel.row_places(plan)[0] == 3)), depth
 
 
 def hidden_row(plan: Any, r: Any, unit: Any, tile: Any, slot: Any, honest: Any = tpu_kernel.attend_tile) -> None:
