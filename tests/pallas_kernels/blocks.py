@@ -132,7 +132,7 @@ class Block:
             out[b, i, n] = weights @ v / (weights.sum() + (np.exp(m["sinks"][n]) if self.sinks else 0))
         return out
 
-    def check(self, result: tuple[jax.Array, ...], expected: np.ndarray | None = None) -> None:
+    def check(self, result: tuple[jax.Array, ...], expected: np.ndarray | None = None, unused: float = np.nan) -> None:
         """Output as expected (the truth); caches exact: committed rows, the block behind, other pages untouched."""
         out, *caches = (np.asarray(x, np.float64) for x in result)
         tolerance = 2e-5 if self.dtype == "float32" else 2e-2
@@ -141,7 +141,7 @@ class Block:
         if self.paged:
             foreign -= set(self.made["table"].reshape(-1).tolist())
         for cache, before, context, rows in zip(
-            map(self.unpacked, caches), self.caches(np.nan), self.made["context"], self.made["rows"], strict=True
+            map(self.unpacked, caches), self.caches(unused), self.made["context"], self.made["rows"], strict=True
         ):
             if not self.write:
                 np.testing.assert_array_equal(cache, before)
