@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.block_attention import tpu
+from pallas_kernels.block_attention import gpu, tpu
 from pallas_kernels.block_attention.plan import reason_against
 from pallas_kernels.block_attention.reference import attend
 from pallas_kernels.dispatch import Implementation, dispatch
@@ -59,6 +59,7 @@ def block_attention(
         implementation, *arrays,
         reference=partial(attend, **options),
         tpu=partial(tpu.attend, **options) if takes else None,
+        gpu=partial(gpu.attend, **options) if gpu.reason_against(q, keys) is None else None,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def attend(
     """The definition of `block_attention`: place the rows behind the committed ones, attend once."""
     packed = keys.shape[3] // q.shape[3]
     if packed > 1:
-        q, block_keys, block_values = _side_by_side(q, block_keys, block_values, packed)
+        q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
     B, W = q.shape[:2]
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
     if not keys.shape[2]:
@@ -88,7 +88,7 @@ def attend(
     seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
     out = _softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks)
     if packed > 1:
-        out = _one_head(out, keys.shape[1], packed)
+        out = one_head(out, keys.shape[1], packed)
     if not write:
         return out, keys, values
     if page_table is None:
@@ -97,7 +97,7 @@ def attend(
     return out, keys, values
 
 
-def _side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
+def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
     """The same attention with fewer, longer key heads: a query is zero where the other heads' numbers lie."""
     (B, W, N, H), K = q.shape, block_keys.shape[2] // packed
     apart = q.reshape(B, W, K, packed, N // K // packed, 1, H)
@@ -106,7 +106,7 @@ def _side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int)
     return q, block_keys.reshape(B, W, K, packed * H), block_values.reshape(B, W, K, packed * H)
 
 
-def _one_head(out: Array, kv_heads: int, packed: int) -> Array:
+def one_head(out: Array, kv_heads: int, packed: int) -> Array:
     """Of each query head's output the numbers of its own key head."""
     B, W, N, H = out.shape
     out = out.reshape(B, W, kv_heads, packed, N // kv_heads // packed, packed, H // packed)
