@@ -198,4 +198,6 @@ def _context(plan: Plan) -> int:
 def device_kind() -> str:
     """The chip a program is traced for: of the mesh in use, or of the process."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return device.device_kind if device is not None else jax.default_backend()
+    if device is not None:
+        return device.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else "default"
