@@ -128,7 +128,9 @@ def make_plan(
     elif H % LANES and not (H == LANES // 2 and kv_heads == 1):
         H = _up(H, LANES)
     heads = packed * queries
-    rows = next(w for w in itertools.count(real_rows) if _granule(w, heads) * w * heads <= MOST_ROWS or w % SUBLANES == 0)
+    rows = next(
+        w for w in itertools.count(real_rows) if _granule(w, heads) * w * heads <= MOST_ROWS or w % SUBLANES == 0
+    )
     granule = _granule(rows, heads)
     tile_anchors = granule * max(1, tiles.rows // (granule * rows * heads))
     tile_anchors = min(tile_anchors, _up(A, granule))

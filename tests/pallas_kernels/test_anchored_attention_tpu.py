@@ -77,7 +77,9 @@ def test_forward_and_gradients(name):
         problem, _ = PROBLEMS[name]
         count = problem.batch * problem.anchors
         # Anchors in any order; none, all of the context, and beyond it.
-        place = st.one_of(st.integers(0, problem.context), st.sampled_from([0, 1, problem.context, problem.context + 9]))
+        place = st.one_of(
+            st.integers(0, problem.context), st.sampled_from([0, 1, problem.context, problem.context + 9])
+        )
         anchors = np.array(data.draw(st.lists(place, min_size=count, max_size=count))).reshape(problem.batch, -1)
         check(name, np.sort(anchors) if data.draw(st.booleans()) else anchors, data.draw(st.integers(0, 9)))
 
