@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.config import DrafterConfig, GatedDeltaConfig, TargetConfig
+from dflash_jax.sharding import constrain, kv_copies
 from pallas_kernels.block_attention import write_rows
 from pallas_kernels.gated_delta import Pending, Rows
 
@@ -19,15 +20,19 @@ from pallas_kernels.gated_delta import Pending, Rows
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of one attention layer, head by head so that one head's positions are contiguous."""
+    """Keys and values of one attention layer, head by head so that one head's positions are contiguous.
+
+    K counts copies: see `dflash_jax.sharding.kv_copies`.
+    """
 
     keys: Float[Array, "B K S H"]
     values: Float[Array, "B K S H"]
 
     @classmethod
     def empty(cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "KeyValues":
-        shape = (batch, heads, capacity, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        zeros = jnp.zeros((batch, heads * kv_copies(heads), capacity, head_dim), dtype)
+        zeros = constrain(zeros, "batch", "kv_heads", None, None)
+        return cls(zeros, zeros)
 
     def commit(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
         """`rows` is this cache with the block's rows behind the committed ones: they need only be counted."""
@@ -55,10 +60,13 @@ class Recurrence:
 
     @classmethod
     def empty(cls, c: GatedDeltaConfig, batch: int, rows: int, dtype: jnp.dtype) -> "Recurrence":
+        heads = "batch", "key_heads"
         channels = 2 * c.k_head_dim + c.num_v_heads // c.num_k_heads * c.v_head_dim
         return cls(
-            state=jnp.zeros((batch, c.num_v_heads, c.k_head_dim, c.v_head_dim)),
-            conv=jnp.zeros((batch, c.conv_kernel - 1, c.num_k_heads, channels), dtype),
+            state=constrain(jnp.zeros((batch, c.num_v_heads, c.k_head_dim, c.v_head_dim)), *heads, "..."),
+            conv=constrain(
+                jnp.zeros((batch, c.conv_kernel - 1, c.num_k_heads, channels), dtype), "batch", None, "key_heads", None
+            ),
             pending=Pending.empty(batch, rows, c.num_k_heads, c.num_v_heads, c.k_head_dim, c.v_head_dim),
         )
 

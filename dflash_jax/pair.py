@@ -1,8 +1,11 @@
 """A target and its drafter, loaded and ready to run."""
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
+from dflash_jax.sharding import RULES, check_mesh, placement
 from dflash_jax.text import Tokenizer, load_tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -28,6 +32,7 @@ class Pair:
     target: Target
     drafter: Drafter | None
     tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh | None = None  # where the weights are spread; None: on one device
 
     @cached_property
     def split(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -53,8 +58,39 @@ class Pair:
         if longest and length > longest:
             raise InputError(f"tokens are {length} long and the model takes {longest}; give fewer")
         size = max(16, 1 << (length - 1).bit_length())  # few shapes; a causal model does not see what follows
-        padded = np.pad(ids, ((0, 0), (0, size - length))).astype(np.int32)
-        return _logits(*self.split_target, padded)[:, :length]
+        padded = np.pad(ids, ((0, -len(ids) % self.batch_multiple), (0, size - length))).astype(np.int32)
+        with self.on_mesh():
+            return _logits(*self.split_target, self.put(padded))[: len(ids), :length]
+
+    def on_mesh(self) -> AbstractContextManager:
+        """The context in which programs for this pair are traced and run."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    @property
+    def batch_multiple(self) -> int:
+        """What a batch's size has to be a multiple of, so that the mesh divides it."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape.get(axis, 1) for axis in RULES["batch"])
+
+    def put(self, batch: Any) -> Any:
+        """Host arrays of a batch, their first axis the sequences, on the devices; all processes give the same ones."""
+        if self.mesh is None:
+            return jax.device_put(batch)
+        mesh = self.mesh
+
+        def place(x: Any) -> jax.Array:
+            x = np.asarray(x)
+            where = placement(("batch", *(None,) * (x.ndim - 1)), x.shape, mesh)
+            return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+        return jax.tree.map(place, batch)
+
+    def get(self, arrays: Any) -> Any:
+        """The whole of arrays on the devices, as host arrays in every process."""
+        if jax.process_count() == 1:
+            return jax.device_get(arrays)
+        from jax.experimental.multihost_utils import process_allgather
+
+        return jax.tree.map(lambda x: np.asarray(process_allgather(x, tiled=True)), arrays)
 
 
 @partial(jax.jit, static_argnames=("graph",))
@@ -76,27 +112,27 @@ def load(
         target: a Hugging Face checkpoint of a supported family.
         drafter: a DFlash or DFlash 2 checkpoint made for that target; None: `generate` decodes plainly.
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own on accelerators.
-        mesh: not supported yet; leave it None.
+        mesh: devices to spread the models over (see `dflash_jax.sharding.make_mesh`); None: the default device.
 
     Raises:
-        InputError: a folder that cannot be read, an architecture that is not supported, a drafter that does not fit.
+        InputError: a folder that cannot be read, an architecture that is not supported, a drafter that does not fit, a
+            mesh that does not divide the models.
     """
-    if mesh is not None:
-        raise InputError("a mesh was given, and models run on one device in this version; leave mesh out")
+    mesh = None if mesh is None else check_mesh(mesh)
     if target is None and drafter is not None:
         raise InputError("a drafter was given without its target; give both, or neither for the embedded pair")
     if target is None:
         target, drafter = EMBEDDED / "target", EMBEDDED / "drafter"
     folder = find_folder(target, "target")
     compilation_cache.enable()
-    config, model = load_target(folder, dtype)
+    config, model = load_target(folder, dtype, mesh)
     tokenizer_folder = EMBEDDED / "tokenizer" if folder == EMBEDDED / "target" else folder
     tokenizer = load_tokenizer(tokenizer_folder, config.vocab_size)
     if drafter is None:
-        return Pair(model, None, tokenizer)
-    drafter_config, drafter_model = load_drafter(find_folder(drafter, "drafter"), dtype)
+        return Pair(model, None, tokenizer, mesh)
+    drafter_config, drafter_model = load_drafter(find_folder(drafter, "drafter"), dtype, mesh)
     check_fit(config, drafter_config)
-    return Pair(model, drafter_model, tokenizer)
+    return Pair(model, drafter_model, tokenizer, mesh)
 
 
 def find_folder(name: str | Path, role: str) -> Path:

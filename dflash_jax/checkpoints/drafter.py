@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax.checkpoints.drafter_table import PREFIXES, drafter_table
-from dflash_jax.checkpoints.fill import Sharding, default_dtype, fill, without_prefix
+from dflash_jax.checkpoints.fill import default_dtype, fill, without_prefix
 from dflash_jax.checkpoints.safetensors_file import open_folder
 from dflash_jax.checkpoints.write import SHARD_BYTES, write
 from dflash_jax.config import DrafterConfig, load_config
@@ -14,7 +15,7 @@ from dflash_jax.models.drafter import Drafter
 
 
 def load_drafter(
-    folder: str | Path, dtype: jnp.dtype | None = None, sharding: Sharding | None = None
+    folder: str | Path, dtype: jnp.dtype | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[DrafterConfig, Drafter]:
     """A DFlash or DFlash 2 drafter from its published folder; arguments and errors as for `load_target`."""
     folder = Path(folder)
@@ -22,7 +23,7 @@ def load_drafter(
     tensors = without_prefix(folder, open_folder(folder), PREFIXES, "fc.weight")
     dtype = default_dtype(dtype, tensors["fc.weight"])
     model = nnx.eval_shape(lambda: Drafter(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return config, fill(folder, model, drafter_table(config), tensors, sharding)
+    return config, fill(folder, model, drafter_table(config), tensors, mesh)
 
 
 def save_drafter(

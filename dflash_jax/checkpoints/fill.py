@@ -5,7 +5,7 @@ what the devices keep there.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,9 +18,9 @@ from dflash_jax.checkpoints import mxfp4
 from dflash_jax.checkpoints.safetensors_file import DTYPES, Stored
 from dflash_jax.checkpoints.table import Leaf, Piece
 from dflash_jax.errors import InputError
+from dflash_jax.sharding import param_axes, placement
 
 Model = TypeVar("Model", bound=nnx.Module)
-Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 _CHUNK_BYTES = 64 * 2**20
 # Of the vision tower, the multi-token head and buffers: not part of the text model.
 _SKIPPED_STARTS = ("visual.", "model.visual.", "mtp.", "model.mtp.")
@@ -53,7 +53,7 @@ def default_dtype(dtype: jnp.dtype | None, landmark: Stored) -> jnp.dtype:
 
 
 def fill(
-    folder: Path, abstract: Model, table: list[Leaf], tensors: dict[str, Stored], sharding: Sharding | None
+    folder: Path, abstract: Model, table: list[Leaf], tensors: dict[str, Stored], mesh: jax.sharding.Mesh | None
 ) -> Model:
     """The abstract model with every leaf read; everything is checked before the first one is."""
     graph, state = nnx.split(abstract)
@@ -66,8 +66,9 @@ def fill(
     _check_tensors(folder, [piece for layout in chosen.values() for piece in layout], tensors)
     for name, path in paths.items():
         variable = flat[path]
-        value = _place(_read_leaf(variable.get_value(), chosen[name], tensors), name, sharding)
-        flat[path] = variable.replace(value)
+        shape = variable.get_value()
+        sharding = None if mesh is None else placement(param_axes(variable, shape.shape), shape.shape, mesh)
+        flat[path] = variable.replace(_place(_read_leaf(shape, chosen[name], tensors), sharding))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -148,9 +149,9 @@ def _decode(piece: Piece, tensors: dict[str, Stored], first: int, count: int) ->
     return mxfp4.dequantise(blocks, scales)
 
 
-def _place(leaf: np.ndarray, path: str, sharding: Sharding | None) -> jax.Array:
+def _place(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
         value = jax.device_put(leaf)
     else:
-        value = jax.make_array_from_callback(leaf.shape, sharding(path, leaf.shape), lambda index: leaf[index])
+        value = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
     return value.block_until_ready()  # the host copy is free to go before the next leaf is read

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dflash_jax.checkpoints.fill import Sharding, default_dtype, fill, without_prefix
+from dflash_jax.checkpoints.fill import default_dtype, fill, without_prefix
 from dflash_jax.checkpoints.safetensors_file import open_folder
 from dflash_jax.checkpoints.target_table import PREFIXES, target_table
 from dflash_jax.checkpoints.write import SHARD_BYTES, write
@@ -14,17 +15,17 @@ from dflash_jax.models.target import Target
 
 
 def load_target(
-    folder: str | Path, dtype: jnp.dtype | None = None, sharding: Sharding | None = None
+    folder: str | Path, dtype: jnp.dtype | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[TargetConfig, Target]:
     """A target from a Hugging Face folder: config.json and safetensors, sharded or not.
 
     Args:
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own dtype on accelerators.
-        sharding: from a leaf's path (as `layers/0/mixer/q_proj/kernel`) and shape to where it goes; by default the
-            default device.
+        mesh: where the weights go, each device its own part (see `dflash_jax.sharding`); by default the default device.
 
     Raises:
         InputError: a configuration or weights that are not those of a supported target; the message names the key.
+            Or a mesh that does not divide the model.
     """
     folder = Path(folder)
     config = TargetConfig.from_dict(load_config(folder))
@@ -33,7 +34,7 @@ def load_target(
         tensors.pop("lm_head.weight", None)  # a copy of the embedding, which some writers store
     dtype = default_dtype(dtype, tensors["embed_tokens.weight"])
     model = nnx.eval_shape(lambda: Target(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return config, fill(folder, model, target_table(config), tensors, sharding)
+    return config, fill(folder, model, target_table(config), tensors, mesh)
 
 
 def save_target(

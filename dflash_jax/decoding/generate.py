@@ -149,7 +149,8 @@ class _Run:
         self.stop_texts, stop_ids = split_stops(stop, config.vocab_size)
         self.width = check_width(pair, draft, width)
         self.graph, self.weights = pair.split if self.width > 1 else pair.split_target
-        self.sampling = Sampling.build(len(ids), config.vocab_size, **settings)
+        self.pair, spare = pair, -len(ids) % pair.batch_multiple
+        sampling = Sampling.build(len(ids), config.vocab_size, **settings)
         lengths = np.array([len(i) for i in ids], np.int32)
         longest = config.max_position or np.iinfo(np.int32).max
         if lengths.max() >= longest:
@@ -164,26 +165,35 @@ class _Run:
         stops = np.full((len(ids), max(8, len(ends))), -1, np.int32)
         stops[:, : len(ends)] = ends
         self.outputs = [Output(pair.tokenizer, int(n), self.stop_texts, set(ends)) for n in lengths]
-        self.inputs = jax.device_put((tokens, lengths, limit, stops))
+        inputs = jax.tree.map(lambda x: _with_spare(x, spare), (tokens, lengths, limit, stops, sampling))
+        inputs[2][len(ids) :] = 0  # spare rows are finished before they start
+        *self.inputs, self.sampling = pair.put(inputs)
 
     def dispatches(self, rounds: Iterator[int]) -> Iterator[None]:
         """Prefill, then dispatches of rounds until all is finished; the host sees the output after each."""
-        state = prefill(self.graph, self.weights, *self.inputs, self.sampling, self.width)
+        with self.pair.on_mesh():
+            state = prefill(self.graph, self.weights, *self.inputs, self.sampling, self.width)
         while True:
             done = self._look(state)
             yield
             if done:
                 return
             count = jax.device_put(np.int32(next(rounds)))
-            state = run_rounds(self.graph, self.weights, state, self.sampling, count, self.width)
+            with self.pair.on_mesh():
+                state = run_rounds(self.graph, self.weights, state, self.sampling, count, self.width)
 
     def _look(self, state: DecodeState) -> bool:
-        tokens, known, counts, rounds, finished = jax.device_get(
+        tokens, known, counts, rounds, finished = self.pair.get(
             (state.tokens, state.known, state.counts, state.rounds, state.finished)
         )
         for i, output in enumerate(self.outputs):
             output.update(tokens[i, : known[i]], counts[i, : rounds[i]])
-        return all(f or o.transcript.stopped for f, o in zip(finished, self.outputs, strict=True))
+        return all(f or o.transcript.stopped for f, o in zip(finished[: len(self.outputs)], self.outputs, strict=True))
+
+
+def _with_spare(x: Any, spare: int) -> np.ndarray:
+    """A batch with its last row repeated."""
+    return np.concatenate([np.asarray(x), *[np.asarray(x)[-1:]] * spare])
 
 
 def split_stops(stop: Any, vocab: int) -> tuple[list[str], list[int]]:

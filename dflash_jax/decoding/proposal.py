@@ -65,7 +65,7 @@ def propose(
     """
     config = drafter.config
     block = jnp.full((anchor.shape[0], width), config.mask_token_id, anchor.dtype).at[:, 0].set(anchor)
-    hidden = drafter(target.embed.embedding[...][block], cache, lengths)[:, 1:]
+    hidden = drafter(target.lookup(block), cache, lengths)[:, 1:]
     logits = drafter.logits(target.head, hidden)
     if drafter.selector is None:
         drafts, candidates = best(logits), None

@@ -1,6 +1,7 @@
 """Grouped-query attention of the targets: biases, q/k norms, output gate, sinks and windows by configuration."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,34 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.cache import KeyValues
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.layers import RMSNorm, Rotation, linear, rotate
+from dflash_jax.sharding import kv_copies, per_shard
 from pallas_kernels.block_attention import block_attention
+
+
+def sharded_attention(
+    q: Float[Array, "B W N H"],
+    cache: KeyValues,
+    k: Float[Array, "B W K H"],
+    v: Float[Array, "B W K H"],
+    lengths: Int[Array, "B"],
+    *,
+    sinks: Float[Array, "N"] | None = None,
+    **options: Any,
+) -> tuple[Array, Array, Array]:
+    """`block_attention` on every device's own sequences and heads; arguments and results as there.
+
+    Where there are fewer KV heads than the axis is long, each is copied, so that a shard has just the one it needs.
+    """
+    copies = kv_copies(k.shape[2])
+    k, v = (x if copies == 1 else jnp.repeat(x, copies, axis=2) for x in (k, v))
+
+    def attend(q: Array, keys: Array, values: Array, k: Array, v: Array, lengths: Array, sinks: Array | None) -> Any:
+        return block_attention(q, keys, values, k, v, lengths, sinks=sinks, **options)
+
+    queries, rows = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    cached = ("batch", "kv_heads", None, None)
+    inputs = [queries, cached, cached, rows, rows, ("batch",), ("heads",)]
+    return per_shard(attend, inputs, (queries, cached, cached))(q, cache.keys, cache.values, k, v, lengths, sinks)
 
 
 @jax.tree_util.register_dataclass
@@ -30,13 +58,15 @@ class Attention(nnx.Module):
         c = self.config = config
         self.window = c.sliding_window if kind == "sliding_attention" else None
         per_head = c.head_dim * (2 if c.gated_attention else 1)
-        self.q_proj = linear(c.hidden_size, c.num_heads * per_head, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
-        self.k_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
-        self.v_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
-        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias, dtype=dtype, rngs=rngs)
+        heads, into_kv = ("heads", c.num_heads), ("embed", ("kv_heads", c.num_kv_heads))
+        made: Any = {"dtype": dtype, "rngs": rngs}
+        self.q_proj = linear(c.hidden_size, c.num_heads * per_head, ("embed", heads), bias=c.qkv_bias, **made)
+        self.k_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, into_kv, bias=c.qkv_bias, **made)
+        self.v_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, into_kv, bias=c.qkv_bias, **made)
+        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, (heads, "embed"), bias=c.o_bias, **made)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, c.norm, dtype=dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, c.norm, dtype=dtype) if c.qk_norm else None
-        self.sinks = nnx.Param(jnp.zeros(c.num_heads, dtype)) if c.sinks else None
+        self.sinks = nnx.Param(jnp.zeros(c.num_heads, dtype), axes=(heads,)) if c.sinks else None
 
     def __call__(
         self, x: Float[Array, "B W D"], cache: KeyValues, place: Place, deferred: bool
@@ -52,9 +82,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, place.rotation), rotate(k, place.rotation)
-        out, keys, values = block_attention(
-            q, cache.keys, cache.values, k, v, place.lengths,
-            causal=True, scale=c.head_dim**-0.5, window=self.window,
+        out, keys, values = sharded_attention(
+            q, cache, k, v, place.lengths, causal=True, scale=c.head_dim**-0.5, window=self.window,
             sinks=None if self.sinks is None else self.sinks[...],
         )  # fmt: skip
         if gate is not None:

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from dflash_jax.cache import DrafterCache, KeyValues
 from dflash_jax.config import DrafterConfig
+from dflash_jax.models.attention import sharded_attention
 from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation
-from pallas_kernels.block_attention import block_attention
+from dflash_jax.sharding import kv_copies
 
 
 class DynamicConv(nnx.Module):
@@ -23,7 +24,7 @@ class DynamicConv(nnx.Module):
     def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         dim, self.group = config.hidden_size, config.conv_group_size
         self.base = nnx.Param(jnp.zeros((2, 2, dim), dtype).at[:, 0].set(1))  # [before/after, tap, D]
-        self.proj = linear(dim, 4 * dim // self.group, dtype=dtype, rngs=rngs)
+        self.proj = linear(dim, 4 * dim // self.group, ("embed", None), dtype=dtype, rngs=rngs)
         self.proj.kernel[...] = jnp.zeros_like(self.proj.kernel[...])
 
     def __call__(self, x: Float[Array, "... W D"]) -> tuple[Array, Callable[[Array], Array]]:
@@ -47,8 +48,9 @@ class DrafterAttention(nnx.Module):
 
     def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         c, width = config, config.num_heads * config.head_dim
-        self.q_proj = linear(c.hidden_size, width, bias=c.attention_bias, dtype=dtype, rngs=rngs)
-        self.o_proj = linear(width, c.hidden_size, bias=c.attention_bias, dtype=dtype, rngs=rngs)
+        heads = ("heads", c.num_heads)
+        self.q_proj = linear(c.hidden_size, width, ("embed", heads), bias=c.attention_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(width, c.hidden_size, (heads, "embed"), bias=c.attention_bias, dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
 
@@ -80,7 +82,7 @@ class Selector(nnx.Module):
         shape = (config.vocab_size, config.selector_rank)
         self.predecessor = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
         self.successor = nnx.Param(jnp.zeros(shape, dtype))
-        self.hidden = linear(config.hidden_size, config.selector_rank, dtype=dtype, rngs=rngs)
+        self.hidden = linear(config.hidden_size, config.selector_rank, ("embed", None), dtype=dtype, rngs=rngs)
 
     def __call__(
         self, previous: Int[Array, "..."], candidates: Int[Array, "... C"], hidden: Float[Array, "... D"]
@@ -96,10 +98,9 @@ class Drafter(nnx.Module):
 
     def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         c = self.config = config
-        width = c.num_kv_heads * c.head_dim
-        self.fc = linear(len(c.tap_ids) * c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.fc = linear(len(c.tap_ids) * c.hidden_size, c.hidden_size, ("taps", "embed"), dtype=dtype, rngs=rngs)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
-        self.kv_proj = StackedKeyValues(c.num_layers, c.hidden_size, width, c.attention_bias, dtype=dtype, rngs=rngs)
+        self.kv_proj = StackedKeyValues(c, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([DrafterLayer(c, dtype=dtype, rngs=rngs) for _ in range(c.num_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         self.selector = Selector(c, dtype=dtype, rngs=rngs) if c.selector_rank else None
@@ -108,13 +109,15 @@ class Drafter(nnx.Module):
         """Keys and values of T context positions from `lengths[b]` on, for every layer, from one stacked product."""
         c = self.config
         B, T, _ = taps.shape
+        copies = kv_copies(c.num_kv_heads)
         features = self.hidden_norm(self.fc(taps.astype(self.fc.kernel.dtype)))
         turn = rotation(lengths[:, None] + jnp.arange(T), c.rope, features.dtype)
         keys_values = self.kv_proj(features).reshape(c.num_layers, B, T, 2, c.num_kv_heads, c.head_dim)
 
         def of_layer(layer: DrafterLayer, kv: Array) -> KeyValues:
-            k = rotate(layer.attention.k_norm(kv[:, :, 0]), turn)
-            return KeyValues(k.swapaxes(1, 2), kv[:, :, 1].swapaxes(1, 2))
+            k, v = rotate(layer.attention.k_norm(kv[:, :, 0]), turn), kv[:, :, 1]
+            k, v = (x if copies == 1 else jnp.repeat(x, copies, axis=2) for x in (k, v))
+            return KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
         return tuple(of_layer(layer, kv) for layer, kv in zip(self.layers, keys_values, strict=True))
 
@@ -133,8 +136,8 @@ class Drafter(nnx.Module):
     def _attend(self, i: int, h: Array, cache: KeyValues, lengths: Array, turn: Rotation) -> Array:
         c, (B, W, _) = self.config, h.shape
         q, k, v = self.heads(i, h)
-        out, *_ = block_attention(
-            rotate(q, turn), cache.keys, cache.values, rotate(k, turn), v, lengths,
+        out, *_ = sharded_attention(
+            rotate(q, turn), cache, rotate(k, turn), v, lengths,
             causal=c.causal[i], scale=c.head_dim**-0.5, window=self.window(i),
         )  # fmt: skip
         return out.reshape(B, W, -1)
@@ -160,10 +163,13 @@ class Drafter(nnx.Module):
 class StackedKeyValues(nnx.Module):
     """Key and value projections of all L layers in one kernel [L, D, 2, K * H]."""
 
-    def __init__(self, layers: int, dim: int, width: int, bias: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.02)
-        self.kernel = nnx.Param(init(rngs.params(), (layers, dim, 2, width), dtype))
-        self.bias = nnx.Param(jnp.zeros((layers, 2, width), dtype)) if bias else None
+    def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c, init = config, nnx.initializers.normal(0.02)
+        layers, width, heads = c.num_layers, c.num_kv_heads * c.head_dim, ("kv_heads", c.num_kv_heads)
+        kernel = init(rngs.params(), (layers, c.hidden_size, 2, width), dtype)
+        self.kernel = nnx.Param(kernel, axes=(None, "embed", None, heads))
+        bias = jnp.zeros((layers, 2, width), dtype) if c.attention_bias else None
+        self.bias = None if bias is None else nnx.Param(bias, axes=(None, None, heads))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "L B T 2 KH"]:
         kernel = self.kernel[...].astype(x.dtype)

@@ -24,14 +24,17 @@ class GatedDelta(nnx.Module):
         self.ratio = c.num_v_heads // c.num_k_heads
         self.channels = 2 * c.k_head_dim + self.ratio * c.v_head_dim
         columns = c.num_k_heads * (self.channels + self.ratio * c.v_head_dim + 2 * self.ratio)
-        self.in_proj = linear(config.hidden_size, columns, dtype=dtype, rngs=rngs)
+        heads = ("key_heads", c.num_k_heads)
+        self.in_proj = linear(config.hidden_size, columns, ("embed", heads), dtype=dtype, rngs=rngs)
         init = nnx.initializers.normal(c.conv_kernel**-0.5)
-        self.conv = nnx.Param(init(rngs.params(), (c.conv_kernel, c.num_k_heads, self.channels), dtype))
+        taps = init(rngs.params(), (c.conv_kernel, c.num_k_heads, self.channels), dtype)
+        self.conv = nnx.Param(taps, axes=(None, heads, None))
         rates = jax.random.uniform(rngs.params(), (c.num_v_heads,), minval=1e-3, maxval=16.0)
-        self.A_log = nnx.Param(jnp.log(rates))
-        self.dt_bias = nnx.Param(jnp.ones(c.num_v_heads))
+        self.A_log = nnx.Param(jnp.log(rates), axes=(heads,))
+        self.dt_bias = nnx.Param(jnp.ones(c.num_v_heads), axes=(heads,))
         self.norm = RMSNorm(c.v_head_dim, config.rms_norm_eps, dtype=dtype)
-        self.out_proj = linear(c.num_v_heads * c.v_head_dim, config.hidden_size, dtype=dtype, rngs=rngs)
+        width = c.num_v_heads * c.v_head_dim
+        self.out_proj = linear(width, config.hidden_size, (heads, "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B W D"], cache: Recurrence, place: Place, deferred: bool

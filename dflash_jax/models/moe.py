@@ -1,5 +1,7 @@
 """Mixture of experts: router, routed experts, and the shared expert of Qwen3-Next and Qwen3.5."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from dflash_jax.config import MoeConfig
 from dflash_jax.models.layers import MLP, linear, swiglu
+from dflash_jax.sharding import per_shard, position, total
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def clamped_swiglu(gate: Array, up: Array, limit: float) -> Array:
@@ -28,68 +33,94 @@ class Experts(nnx.Module):
         self.moe = moe
         init, E, F = nnx.initializers.normal(0.02), moe.num_experts, moe.intermediate_size
         leading = (dim, E) if moe.dense else (E, dim)
-        self.gate_up = nnx.Param(init(rngs.params(), (*leading, 2, F), dtype))
-        self.down = nnx.Param(init(rngs.params(), (E, F, dim), dtype))
-        self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype)) if moe.bias else None
-        self.down_bias = nnx.Param(jnp.zeros((E, dim), dtype)) if moe.bias else None
+        into = ("embed", "experts") if moe.dense else ("experts", "embed")
+        axes = (*into, None, "mlp"), ("experts", "mlp", "embed"), ("experts", None, "mlp"), ("experts", None)
+        self.gate_up = nnx.Param(init(rngs.params(), (*leading, 2, F), dtype), axes=axes[0])
+        self.down = nnx.Param(init(rngs.params(), (E, F, dim), dtype), axes=axes[1])
+        self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype), axes=axes[2]) if moe.bias else None
+        self.down_bias = nnx.Param(jnp.zeros((E, dim), dtype), axes=axes[3]) if moe.bias else None
 
     def __call__(
         self, x: Float[Array, "R D"], chosen: Int[Array, "R k"], weights: Float[Array, "R k"]
     ) -> Float[Array, "R D"]:
         """Sum over each row's chosen experts, weighted.
 
-        Few rows: only the chosen experts are read. Else rows are grouped by expert.
+        Every device has all rows of its part of the batch, computes its own experts' columns, and adds up.
         """
-        few = chosen.size <= self.moe.num_experts
-        return self._gathered(x, chosen, weights) if few else self._grouped(x, chosen, weights)
+        params = [self.gate_up, self.down, self.gate_up_bias, self.down_bias]
+        given = [None if p is None else p[...] for p in params]
+        gate_up = (None, "experts", None, "mlp") if self.moe.dense else ("experts", None, None, "mlp")
+        rows = ("batch", None)
+        inputs = [rows, rows, rows, gate_up, ("experts", "mlp", None), ("experts", None, "mlp"), ("experts", None)]
+        return per_shard(self._own, inputs, rows)(x, chosen, weights, *given)
 
-    def _gathered(self, x: Array, chosen: Array, weights: Array) -> Array:
+    def _own(
+        self, x: Array, chosen: Array, weights: Array, gate_up: Array, down: Array, bias: Any, after: Any
+    ) -> Array:
+        """What the experts (and their columns) that this device has add to the rows."""
+        if after is not None:  # once, not in every shard of the columns
+            after = jnp.where(position("mlp") == 0, after, 0)
+        mine = chosen - position("experts") * len(down)
+        weights = weights.astype(x.dtype)
+        out = self._product(x, mine, weights, gate_up, down, bias, after)
+        return total(out, "experts", "mlp")
+
+    def _product(self, x: Array, chosen: Array, weights: Array, *params: Any) -> Array:
+        """`chosen` counts from the first of the E experts here; others are below 0 or above E - 1.
+
+        Rows are grouped by expert; few rows on the CPU take each their own experts, which reads no others.
+        """
+        here = (chosen >= 0) & (chosen < len(params[1]))
+        few = chosen.size <= len(params[1])
+        return dispatch(
+            None, x, chosen, jnp.where(here, weights, 0), here, *params,
+            reference=self._gathered if few else self._grouped, tpu=self._grouped, gpu=self._grouped,
+        )  # fmt: skip
+
+    def _gathered(
+        self, x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any
+    ) -> Array:
         """Each row's own expert matrices, gathered."""
-        kernel = self.gate_up[...][chosen].astype(x.dtype)  # [R k D 2 F]
+        chosen = jnp.where(here, chosen, 0)
+        kernel = gate_up[chosen].astype(x.dtype)  # [R k D 2 F]
         h = jnp.matmul(x[:, None, None], kernel.reshape(*kernel.shape[:-2], -1)).reshape(
             *chosen.shape, *kernel.shape[-2:]
         )
-        if self.gate_up_bias is not None:
-            h = h + self.gate_up_bias[...][chosen]
-        y = jnp.matmul(activate(self.moe, h)[:, :, None], self.down[...][chosen].astype(x.dtype))[:, :, 0]
-        if self.down_bias is not None:
-            y = y + self.down_bias[...][chosen]
-        return jnp.sum(y * weights[..., None].astype(x.dtype), 1)
+        h = h if bias is None else h + bias[chosen].astype(x.dtype)
+        y = jnp.matmul(activate(self.moe, h)[:, :, None], down[chosen].astype(x.dtype))[:, :, 0]
+        y = y if after is None else y + after[chosen].astype(x.dtype)
+        return jnp.sum(y * weights[..., None], 1)
 
-    def _grouped(self, x: Array, chosen: Array, weights: Array) -> Array:
-        """Rows sorted by expert, one product a group."""
-        rows, k = chosen.shape
-        flat = chosen.reshape(-1)
+    def _grouped(
+        self, x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any
+    ) -> Array:
+        """Rows sorted by expert, those of no expert here at the end; one product a group."""
+        (rows, k), E = chosen.shape, len(down)
+        flat = jnp.where(here, chosen, E).reshape(-1)
         order = jnp.argsort(flat)
-        expert, sizes = flat[order], jnp.bincount(flat, length=self.moe.num_experts)
-        gate_up, down = self.gate_up[...].astype(x.dtype), self.down[...].astype(x.dtype)
-        h = jax.lax.ragged_dot(x[order // k], gate_up.reshape(*gate_up.shape[:2], -1), sizes)
+        expert, sizes = flat[order], jnp.bincount(flat, length=E)
+        h = grouped_matmul(x[order // k], gate_up.reshape(*gate_up.shape[:2], -1).astype(x.dtype), sizes)
         h = h.reshape(-1, *gate_up.shape[2:])
-        if self.gate_up_bias is not None:
-            h = h + self.gate_up_bias[...][expert]
-        y = jax.lax.ragged_dot(activate(self.moe, h), down, sizes)
-        if self.down_bias is not None:
-            y = y + self.down_bias[...][expert]
-        y = y * weights.reshape(-1)[order][:, None].astype(x.dtype)
+        h = h if bias is None else h + bias[jnp.minimum(expert, E - 1)].astype(x.dtype)
+        y = grouped_matmul(activate(self.moe, h), down.astype(x.dtype), sizes)
+        y = y if after is None else y + after[jnp.minimum(expert, E - 1)].astype(x.dtype)
+        y = jnp.where((expert < E)[:, None], y * weights.reshape(-1)[order][:, None], 0)
         return jnp.zeros((rows, x.shape[1]), x.dtype).at[order // k].add(y)
 
 
 class DenseExperts(Experts):
     """Few experts: all of them for every row, as two plain products; so the first one's kernel is [in, E, 2, F]."""
 
-    def __call__(
-        self, x: Float[Array, "R D"], chosen: Int[Array, "R k"], weights: Float[Array, "R k"]
-    ) -> Float[Array, "R D"]:
-        """Sum over each row's chosen experts, weighted; the others' weight is 0."""
-        rows, gate_up = len(x), self.gate_up[...].astype(x.dtype)
-        one_hot = jax.nn.one_hot(chosen, self.moe.num_experts, dtype=x.dtype)
-        share = jnp.sum(one_hot * weights[..., None].astype(x.dtype), 1)  # [R E]
-        h = (x @ gate_up.reshape(x.shape[1], -1)).reshape(rows, *gate_up.shape[1:])
-        if self.gate_up_bias is not None:
-            h = h + self.gate_up_bias[...].astype(x.dtype)
-        h = (activate(self.moe, h) * share[..., None]).reshape(rows, -1)
-        y = h @ self.down[...].astype(x.dtype).reshape(h.shape[1], -1)
-        return y if self.down_bias is None else y + share @ self.down_bias[...].astype(x.dtype)
+    def _product(self, x: Array, chosen: Array, weights: Array, *params: Any) -> Array:
+        gate_up, down = (p.astype(x.dtype) for p in params[:2])
+        bias, after = (None if p is None else p.astype(x.dtype) for p in params[2:])
+        one_hot = jax.nn.one_hot(chosen, len(down), dtype=x.dtype)  # all 0 for an expert that is not here
+        share = jnp.sum(one_hot * weights[..., None], 1)  # [R E]
+        h = (x @ gate_up.reshape(x.shape[1], -1)).reshape(len(x), *gate_up.shape[1:])
+        h = h if bias is None else h + bias
+        h = (activate(self.moe, h) * share[..., None]).reshape(len(x), -1)
+        y = h @ down.reshape(h.shape[1], -1)
+        return y if after is None else y + share @ after
 
 
 class MoE(nnx.Module):
@@ -97,12 +128,12 @@ class MoE(nnx.Module):
 
     def __init__(self, dim: int, moe: MoeConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.moe = moe
-        self.router = linear(dim, moe.num_experts, bias=moe.bias, dtype=dtype, rngs=rngs)
+        self.router = linear(dim, moe.num_experts, ("embed", None), bias=moe.bias, dtype=dtype, rngs=rngs)
         experts = DenseExperts if moe.dense else Experts
         self.experts = experts(dim, moe, dtype=dtype, rngs=rngs)
         shared = moe.shared_intermediate_size
         self.shared = MLP(dim, shared, dtype=dtype, rngs=rngs) if shared else None
-        self.shared_gate = linear(dim, 1, dtype=dtype, rngs=rngs) if shared else None
+        self.shared_gate = linear(dim, 1, ("embed", None), dtype=dtype, rngs=rngs) if shared else None
 
     def route(self, x: Float[Array, "R D"]) -> tuple[Int[Array, "R k"], Float[Array, "R k"], Float[Array, "R E"]]:
         """Chosen experts (ties to the lowest id), their weights, and the router's logits."""

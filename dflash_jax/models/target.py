@@ -13,8 +13,9 @@ from dflash_jax.cache import TargetCache
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.attention import Attention, Place
 from dflash_jax.models.gated_delta import GatedDelta
-from dflash_jax.models.layers import MLP, RMSNorm, linear, rotation
+from dflash_jax.models.layers import MLP, RMSNorm, linear, lookup, rotation
 from dflash_jax.models.moe import MoE
+from dflash_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -63,11 +64,14 @@ class Target(nnx.Module):
     def __init__(self, config: TargetConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         c = self.config = config
         init = nnx.initializers.normal(0.02)
-        self.embed = nnx.Embed(c.vocab_size, c.hidden_size, param_dtype=dtype, embedding_init=init, rngs=rngs)
+        self.embed = nnx.Embed(
+            c.vocab_size, c.hidden_size, param_dtype=dtype, embedding_init=init, rngs=rngs,
+            embedding_metadata={"axes": ("vocab", "embed")},
+        )  # fmt: skip
         self.layers = nnx.List([Layer(c, i, dtype=dtype, rngs=rngs) for i in range(c.num_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.norm, dtype=dtype)
         tied = c.tie_word_embeddings
-        self.lm_head = None if tied else linear(c.hidden_size, c.vocab_size, dtype=dtype, rngs=rngs)
+        self.lm_head = None if tied else linear(c.hidden_size, c.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -80,7 +84,7 @@ class Target(nnx.Module):
     ) -> Forward:
         """Run W rows, the first `count[b]` of them real."""
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-        x = self.embed.embedding[...][tokens]
+        x = self.lookup(tokens)
         place = Place(cache.lengths, count, rotation(positions, self.config.rope, x.dtype))
         taps, layers, routers = {}, [], []
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
@@ -111,12 +115,16 @@ class Target(nnx.Module):
         cache = TargetCache.empty(self.config, batch, 0, 1, self.embed.embedding.dtype)
         return self(tokens, cache, jnp.full(batch, length), tap_ids=tap_ids, deferred=False)
 
+    def lookup(self, tokens: Int[Array, "B W"]) -> Float[Array, "B W D"]:
+        """The tokens' embeddings."""
+        return constrain(lookup(self.embed.embedding[...], tokens), "batch", None, None)
+
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in fp32."""
         if self.lm_head is None:
-            return jnp.einsum(
-                "...d,vd->...v", hidden, self.embed.embedding[...].astype(hidden.dtype),
-                preferred_element_type=jnp.float32,
-            )  # fmt: skip
+            table = self.embed.embedding[...].astype(hidden.dtype)
+            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+            return constrain(logits, "batch", "...", "vocab")
         kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return constrain(logits, "batch", "...", "vocab")
