@@ -138,6 +138,8 @@ def prepare() -> None:
     quiet = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
     # No look for the metadata server of a cloud machine, which waits for minutes where there is none.
     host = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    # Several may compile at once: the lock that libtpu takes is for chips, of which there are none.
+    host["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in (quiet | host).items():
         os.environ.setdefault(name, value)
 
