@@ -29,7 +29,7 @@ STOPS = 8  # end tokens that a request may have
 class Leaf:
     """A parameter or a part of a cache, and the part of it that one device holds."""
 
-    path: str  # target/layers/0/mixer/q_proj/kernel
+    path: str  # target/layers/0/mixer/q_proj/kernel, or target/0/keys for the cache of layer 0
     shape: tuple[int, ...]
     local: tuple[int, ...]
     dtype: Any
@@ -99,7 +99,8 @@ def build(
             return jax.jit(one_round, donate_argnums=1, out_shardings=shardings).lower(weights, state)
 
     leaves = tuple(_leaves(weights, ("target", "drafter")))
-    caches = tuple(_leaves((state.cache.layers, state.draft_cache), ("target", "drafter")))
+    drafted = () if state.draft_cache is None else state.draft_cache.layers
+    caches = tuple(_leaves((state.cache.layers, drafted), ("target", "drafter")))
     rows = CHUNK if kind == "prefill" else width
     return Abstract(kind, rows, batch, context, mesh, leaves, caches, lower)
 

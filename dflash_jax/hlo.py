@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes of a dtype whose name does not end in its bits
 COLLECTIVES = (
@@ -91,6 +90,7 @@ class Temporary:
     shape: Shape
     op: str
     source: str
+    of_weight: str | None = None  # the parameter that it is a copy of
 
 
 class Program:
@@ -123,33 +123,36 @@ class Program:
         """The program's arguments."""
         return [i for i in self.computations.get(self.entry, {}).values() if i.op == "parameter"]
 
-    def scheduled(self) -> Iterator[Instruction]:
-        """Instructions that run by themselves: those of a loop's body once, those inside fusions not."""
+    def scheduled(self) -> Iterator[tuple[str, Instruction]]:
+        """(computation, instruction) of all that run by themselves: a loop's body once, the inside of fusions not."""
         for name, computation in self.computations.items():
             if name not in self._inner:
-                yield from computation.values()
+                yield from ((name, instruction) for instruction in computation.values())
 
     def collectives(self) -> list[Collective]:
         """Every collective once, asynchronous and fused ones too; those of a loop's body once."""
-        found: dict[Any, Collective] = {}
+        found = []
         for name, computation in self.computations.items():
             for i in computation.values():
                 kind = i.op.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
                 results = _results(i)
-                size = sum(shape.bytes for shape in results)
-                devices = _group_size(i.attributes)
-                if kind == "reduce-scatter":
-                    size *= devices
+                size, devices = sum(shape.bytes for shape in results), _group_size(i.attributes)
+                size *= devices if kind == "reduce-scatter" else 1
                 weight = self._weight(name, i) if kind == "all-gather" else None
-                key = (kind, i.attribute(r"channel_id=(\d+)") or (name, i.name))
                 shape = " ".join(map(str, results))
-                found[key] = Collective(kind, shape, size, devices, i.op_name, weight)
-        return list(found.values())
+                found.append(Collective(kind, shape, size, devices, self._source(name, i), weight))
+        return found
+
+    def _source(self, computation: str, instruction: Instruction) -> str:
+        """Scopes of an instruction, or of the call that it is the body of."""
+        while not instruction.op_name and computation in self.callers:
+            computation, instruction = self.callers[computation]
+        return instruction.op_name
 
     def _weight(self, computation: str, instruction: Instruction) -> str | None:
-        """The weight that an all-gather's first operand is, if nothing was computed from it on the way."""
+        """The weight that an instruction's first operand is, if nothing was computed from it on the way."""
         name = instruction.operands[0] if instruction.operands else ""
         for _ in range(64):
             found = self.computations[computation].get(name)
@@ -177,12 +180,13 @@ class Program:
 
     def temporaries(self) -> list[Temporary]:
         """Results that are written to memory, the largest first."""
-        found = [
-            Temporary(shape, i.op, i.op_name)
-            for i in self.scheduled()
-            if i.op not in NO_BUFFER and not i.op.endswith(("-done", "-start", "-update"))
-            for shape in i.shapes
-        ]
+        found = []
+        for name, i in self.scheduled():
+            if i.op in NO_BUFFER or i.op.endswith(("-done", "-start", "-update")):
+                continue
+            copied = i.op in LAYOUT or self._only_layout(i)
+            weight = self._weight(name, i) if copied else None
+            found += [Temporary(shape, i.op, i.op_name, weight) for shape in i.shapes]
         return sorted(found, key=lambda t: -t.shape.bytes)
 
 
@@ -220,6 +224,9 @@ def _group_size(attributes: str) -> int:
     """Devices that exchange with one another."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(found.group(2))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return found.group(1).count(",") + 1
     return 2 if "source_target_pairs" in attributes else 1
