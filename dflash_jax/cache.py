@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.config import DrafterConfig, GatedDeltaConfig, TargetConfig
 from dflash_jax.sharding import constrain, kv_copies
 from pallas_kernels.block_attention import write_rows
-from pallas_kernels.gated_delta import Pending, Rows
+from pallas_kernels.gated_delta import Pending, Rows, conv_tail
 
 
 @jax.tree_util.register_dataclass
@@ -42,11 +42,12 @@ class KeyValues:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DeferredRows:
-    """A block of rows of a recurrent layer, of which a prefix will be committed."""
+    """A block of rows of a recurrent layer, of which a path (a prefix of a chain) will be committed."""
 
     state: Float[Array, "B Hv Dk Dv"]  # with the last block's pending rows folded in
     rows: Rows
-    history: Float[Array, "B T Hk C"]  # the committed tail and the block's rows, before the convolution
+    tail: Float[Array, "B 3 Hk C"]  # the convolution's inputs before the block
+    mixed: Float[Array, "B W Hk C"]  # the block's rows, before the convolution
 
 
 @jax.tree_util.register_dataclass
@@ -60,31 +61,31 @@ class Recurrence:
 
     @classmethod
     def empty(cls, c: GatedDeltaConfig, batch: int, rows: int, dtype: jnp.dtype) -> "Recurrence":
-        heads = "batch", "key_heads"
         channels = 2 * c.k_head_dim + c.num_v_heads // c.num_k_heads * c.v_head_dim
+        conv = jnp.zeros((batch, c.conv_kernel - 1, c.num_k_heads, channels), dtype)
+        pending = Pending.empty(batch, rows, c.num_k_heads, c.num_v_heads, c.k_head_dim, c.v_head_dim, dtype)
         return cls(
-            state=constrain(jnp.zeros((batch, c.num_v_heads, c.k_head_dim, c.v_head_dim)), *heads, "..."),
-            conv=constrain(
-                jnp.zeros((batch, c.conv_kernel - 1, c.num_k_heads, channels), dtype), "batch", None, "key_heads", None
-            ),
-            pending=Pending.empty(batch, rows, c.num_k_heads, c.num_v_heads, c.k_head_dim, c.v_head_dim),
+            state=constrain(jnp.zeros((batch, c.num_v_heads, c.k_head_dim, c.v_head_dim)), "batch", "key_heads", "..."),
+            conv=constrain(conv, "batch", None, "key_heads", None),
+            pending=jax.tree.map(lambda x: constrain(x, "batch", "key_heads", "..."), pending),
         )
 
-    def after(self, state: Array, history: Array, count: Int[Array, "B"]) -> "Recurrence":
-        """`state` holds `count[b]` more rows, nothing is pending."""
+    def after(self, state: Array, mixed: Array, count: Int[Array, "B"]) -> "Recurrence":
+        """`state` holds the first `count[b]` rows of `mixed`, nothing is pending."""
         pending = jax.tree.map(jnp.zeros_like, self.pending)
-        return Recurrence(
-            state=state, conv=self._tail(history, count), pending=replace(pending, fold=jnp.ones_like(pending.fold))
-        )
+        pending = replace(pending, fold=jnp.ones_like(pending.fold))
+        return Recurrence(state=state, conv=conv_tail(self.conv, mixed, count), pending=pending)
 
-    def commit(self, rows: DeferredRows, lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "Recurrence":
-        """The first `count[b]` rows of the block become pending."""
-        return Recurrence(state=rows.state, conv=self._tail(rows.history, count), pending=rows.rows.commit(count))
-
-    def _tail(self, history: Array, count: Int[Array, "B"]) -> Array:
-        """The last inputs of the convolution once `count[b]` rows are committed."""
-        keep = self.conv.shape[1]
-        return jax.vmap(lambda h, n: jax.lax.dynamic_slice_in_dim(h, n, keep, axis=0))(history, count)
+    def commit(
+        self,
+        rows: DeferredRows,
+        lengths: Int[Array, "B"],
+        count: Int[Array, "B"],
+        path: Int[Array, "B N"] | None = None,
+    ) -> "Recurrence":
+        """The first `count[b]` rows of the block, or of the path through its tree, become pending."""
+        tail = conv_tail(rows.tail, rows.mixed, count, path)
+        return Recurrence(state=rows.state, conv=tail, pending=rows.rows.commit(count, path))
 
 
 @jax.tree_util.register_dataclass

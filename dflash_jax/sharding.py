@@ -149,18 +149,19 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
 def per_shard(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Any) -> Callable[..., Any]:
     """`function` run on every device's own part (`jax.shard_map`): what kernels need.
 
-    `inputs` names the axes of each argument, `outputs` those of each result, a tuple of `Axes` or one. Inside,
-    `position` and `total` know the shard. An argument may be None.
+    `inputs` names the axes of each argument, `outputs` those of each result, a tuple of `Axes` or one; trailing axes
+    that are whole can be left out. Arguments and results may be pytrees of arrays with the same leading axes, or None.
+    Inside, `position` and `total` know the shard.
     """
     sizes = _sizes()
     if math.prod(sizes.values()) == 1:
         return function
 
     def call(*arguments: Any) -> Any:
-        whole = [
-            PartitionSpec() if x is None else spec(axes, x.shape, sizes)
-            for axes, x in zip(inputs, arguments, strict=True)
-        ]
+        def of(axes: Axes, argument: Any) -> Any:
+            return jax.tree.map(lambda x: spec((*axes, *(None,) * (x.ndim - len(axes))), x.shape, sizes), argument)
+
+        whole = [of(axes, argument) for axes, argument in zip(inputs, arguments, strict=True)]
         out = [_names(axes, sizes) for axes in (outputs if isinstance(outputs[0], tuple) else (outputs,))]
         specs = tuple(out) if isinstance(outputs[0], tuple) else out[0]
         return jax.shard_map(function, in_specs=tuple(whole), out_specs=specs, check_vma=False)(*arguments)

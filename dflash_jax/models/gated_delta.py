@@ -9,11 +9,11 @@ from dflash_jax.cache import DeferredRows, Recurrence
 from dflash_jax.config import GatedDeltaConfig, TargetConfig
 from dflash_jax.models.attention import Place
 from dflash_jax.models.layers import RMSNorm, linear
-from pallas_kernels.gated_delta import fold, gated_delta_block, gated_delta_prefill
+from dflash_jax.sharding import per_shard
+from pallas_kernels.gated_delta import gated_delta_block, gated_delta_prefill
 
-
-def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
+_STATE, _ROWS = ("batch", "key_heads"), ("batch", None, "key_heads")  # axes of states and of rows, heads by key head
+_INPUTS = (_STATE, _STATE, _ROWS, _ROWS, _ROWS, _ROWS, (None, "key_heads"), ("key_heads",), ("key_heads",))
 
 
 class GatedDelta(nnx.Module):
@@ -45,33 +45,14 @@ class GatedDelta(nnx.Module):
         grouped = self.in_proj(x).reshape(B, W, c.num_k_heads, -1)
         edges = [self.channels, self.channels + r * c.v_head_dim, self.channels + r * c.v_head_dim + r]
         mix, z, b, a = jnp.split(grouped, edges, -1)
-        history = jnp.concatenate([cache.conv, mix], 1)
-        q, k, v = self._convolved(history, W)
-
-        def heads_first(y: Array) -> Array:
-            return y.reshape(B, W, c.num_v_heads).swapaxes(1, 2)
-
-        beta = jax.nn.sigmoid(heads_first(b)).astype(jnp.float32)
-        dt = heads_first(a).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)[:, None]
-        g = -jnp.exp(self.A_log[...].astype(jnp.float32))[:, None] * jax.nn.softplus(dt)
-        state = fold(cache.state, cache.pending)
+        b, a = (y.reshape(B, W, c.num_v_heads) for y in (b, a))
+        given = cache.state, cache.pending, cache.conv, mix, b, a, self.conv[...], self.A_log[...], self.dt_bias[...]
         if deferred:
-            out, left = gated_delta_block(state, q, k, v, beta, g)
-            rows = DeferredRows(state=state, rows=left, history=history)
+            out, state, left = per_shard(gated_delta_block, _INPUTS, (_ROWS, _STATE, _STATE))(*given)
+            rows = DeferredRows(state=state, rows=left, tail=cache.conv, mixed=mix)
         else:
-            real = (jnp.arange(W) < place.count[:, None])[:, None]
-            out, state = gated_delta_prefill(state, q, k, v, jnp.where(real, beta, 0.0), jnp.where(real, g, 0.0))
-            rows = cache.after(state, history, place.count)
-        out = out.swapaxes(1, 2).astype(x.dtype)  # [B W Hv Dv]
+            run = per_shard(gated_delta_prefill, (*_INPUTS, ("batch",)), (_ROWS, _STATE))
+            out, state = run(*given, place.count)
+            rows = cache.after(state, mix, place.count)
         gated = self.norm(out).astype(jnp.float32) * jax.nn.silu(z.reshape(out.shape).astype(jnp.float32))
         return self.out_proj(gated.astype(x.dtype).reshape(B, W, -1)), rows
-
-    def _convolved(self, history: Float[Array, "B T Hk C"], W: int) -> tuple[Array, Array, Array]:
-        """q, k [B Hk W Dk] of unit length (q scaled) and v [B Hv W Dv], in fp32, after the causal convolution."""
-        c = self.config
-        taps = self.conv[...].astype(history.dtype)
-        mixed = jax.nn.silu(sum(history[:, i : i + W] * taps[i] for i in range(c.conv_kernel)))
-        q, k, v = jnp.split(mixed.astype(jnp.float32), [c.k_head_dim, 2 * c.k_head_dim], -1)
-        v = v.reshape(*v.shape[:2], c.num_v_heads, c.v_head_dim)
-        q, k, v = (y.swapaxes(1, 2) for y in (_unit(q) * c.k_head_dim**-0.5, _unit(k), v))
-        return q, k, v

@@ -1,68 +1,129 @@
-"""The gated delta rule over a block of rows, with its commit deferred: the definition, in jnp, fp32.
+"""Gated DeltaNet's mixing of rows, with its commit deferred: the definition, in jnp, fp32.
 
-The rule (arXiv 2412.06464), for a value head with state S [Dk, Dv]: S = exp(g) S; u = beta (v - S^T k); S = S + k u^T;
-o = S^T q.
-For a chain of W rows from S0, with G the running sum of g and decay_ij = exp(G_i - G_j) for j <= i:
+Causal convolution and silu, unit length of q and k, gates, then the rule (arXiv 2412.06464), for a value head with
+state S [Dk, Dv]: S = exp(g) S; u = beta (v - S^T k); S = S + k u^T; o = S^T q.
+For W rows from S0, each with its ancestors (in a chain all rows before it), with G_i the sum of g over the path to row
+i and decay_ij = exp(G_i - G_j) where j is i or an ancestor of i, else 0:
 
-    (I + A) U = beta (V - exp(G) K S0),   A_ij = beta_i decay_ij (k_i . k_j) below the diagonal
+    (I + A) U = beta (V - exp(G) K S0),   A_ij = beta_i decay_ij (k_i . k_j) off the diagonal
     O = exp(G) Q S0 + (decay * Q K^T) U
-    S after row n = exp(G_n) S0 + sum_{j <= n} exp(G_n - G_j) k_j u_j^T
+    S after row n = exp(G_n) S0 + sum over the path to n of exp(G_n - G_j) k_j u_j^T
 
-u_j depends on rows up to j only, so a prefix of the rows can be committed afterwards without solving again.
+u_j depends on row j's ancestors only, so any path can be committed afterwards without solving again.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.gated_delta.pending import Pending, Rows
+from pallas_kernels.gated_delta.tree import ancestors, sources
 
 _product = partial(jnp.matmul, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Pending:
-    """Accepted rows that the state does not hold yet: S = fold * S + sum_p weight_p k_p u_p^T."""
+def gated_delta_block(
+    state: Float[Array, "B Hv Dk Dv"],
+    pending: Pending,
+    tail: Float[Array, "B R Hk C"],
+    mixed: Float[Array, "B W Hk C"],
+    b: Float[Array, "B W Hv"],
+    a: Float[Array, "B W Hv"],
+    taps: Float[Array, "K Hk C"],
+    A_log: Float[Array, "Hv"],
+    dt_bias: Float[Array, "Hv"],
+    parents: Int[Array, "B W"] | None = None,
+) -> tuple[Float[Array, "B W Hv Dv"], Float[Array, "B Hv Dk Dv"], Rows]:
+    """Outputs of W rows, the state with `pending` folded in, and the rows to commit from. See the public function."""
+    state = fold(state, pending)
+    window = _window(tail, mixed, taps.shape[0], parents)
+    q, k, v = _convolved(window, taps, *state.shape[1:3])
+    beta, g = _gates(b, a, A_log, dt_bias)
+    out, u, decay = _delta_rule(state, q, k, v, beta, g, None if parents is None else ancestors(parents))
+    left = Rows(k=k.astype(pending.k.dtype), u=u.astype(pending.u.dtype), decay=decay)
+    return out.swapaxes(1, 2).astype(mixed.dtype), state, left
 
-    k: Float[Array, "B Hk P Dk"]
-    u: Float[Array, "B Hv P Dv"]
-    weight: Float[Array, "B Hv P"]
-    fold: Float[Array, "B Hv"]
 
-    @classmethod
-    def empty(cls, batch: int, rows: int, k_heads: int, v_heads: int, k_dim: int, v_dim: int) -> "Pending":
-        return cls(
-            k=jnp.zeros((batch, k_heads, rows, k_dim)),
-            u=jnp.zeros((batch, v_heads, rows, v_dim)),
-            weight=jnp.zeros((batch, v_heads, rows)),
-            fold=jnp.ones((batch, v_heads)),
-        )
+def gated_delta_prefill(
+    state: Float[Array, "B Hv Dk Dv"],
+    pending: Pending,
+    tail: Float[Array, "B R Hk C"],
+    mixed: Float[Array, "B T Hk C"],
+    b: Float[Array, "B T Hv"],
+    a: Float[Array, "B T Hv"],
+    taps: Float[Array, "K Hk C"],
+    A_log: Float[Array, "Hv"],
+    dt_bias: Float[Array, "Hv"],
+    count: Int[Array, "B"],
+    *,
+    chunk: int = 16,
+) -> tuple[Float[Array, "B T Hv Dv"], Float[Array, "B Hv Dk Dv"]]:
+    """Outputs of T rows, the first `count[b]` of them real, and the state after those, chunk after chunk."""
+    T = mixed.shape[1]
+    chunk = min(chunk, T)
+    pad = -T % chunk
+    real = jnp.arange(T) < count[:, None]
+    mixed = jnp.where(real[:, :, None, None], mixed, 0.0)
+    q, k, v = _convolved(_window(tail, mixed, taps.shape[0], None), taps, *state.shape[1:3])
+    # Rows with beta = 0 and g = 0 leave the state as it is.
+    beta, g = (jnp.where(real[:, None], x, 0.0) for x in _gates(b, a, A_log, dt_bias))
 
+    def chunks(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Rows:
-    """What a block leaves behind so that any prefix of it can be committed later."""
+    def step(state: Array, rows: tuple[Array, ...]) -> tuple[Array, Array]:
+        out, u, decay = _delta_rule(state, *rows)
+        everything = jnp.full(state.shape[0], chunk)
+        return fold(state, Rows(k=rows[1], u=u, decay=decay).commit(everything)), out
 
-    k: Float[Array, "B Hk W Dk"]
-    u: Float[Array, "B Hv W Dv"]
-    decay: Float[Array, "B Hv W"]  # G: log-decay from the state to each row
-
-    def commit(self, count: Int[Array, "B"]) -> Pending:
-        """The first `count[b]` rows become pending; none for 0."""
-        kept = jnp.arange(self.decay.shape[-1]) < count[:, None, None]
-        last = jnp.min(jnp.where(kept, self.decay, 0.0), -1)  # decay falls along the chain, so its least is the last's
-        weight = jnp.where(kept, jnp.exp(jnp.where(kept, last[..., None] - self.decay, 0.0)), 0.0)
-        return Pending(k=self.k, u=self.u, weight=weight, fold=jnp.exp(last))
+    state, out = jax.lax.scan(step, fold(state, pending), tuple(map(chunks, (q, k, v, beta, g))))
+    out = jnp.moveaxis(out, 0, 2)
+    out = out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :T]
+    return out.swapaxes(1, 2).astype(mixed.dtype), state
 
 
 def fold(state: Float[Array, "B Hv Dk Dv"], pending: Pending) -> Float[Array, "B Hv Dk Dv"]:
     """Bring the accepted rows of the last block into the state."""
-    k = jnp.repeat(pending.k, state.shape[1] // pending.k.shape[1], axis=1)
-    rows = _product((k * pending.weight[..., None]).swapaxes(-1, -2), pending.u)
-    return pending.fold[..., None, None] * state + rows
+    k = jnp.repeat(pending.k, state.shape[1] // pending.k.shape[1], axis=1).astype(jnp.float32)
+    weight = pending.weight[..., None]
+    weighted = jnp.where(weight != 0, k * weight, 0.0)
+    u = jnp.where(weight != 0, pending.u.astype(jnp.float32), 0.0)
+    return pending.fold[..., None, None] * state + _product(weighted.swapaxes(-1, -2), u)
+
+
+def _window(tail: Array, mixed: Array, taps: int, parents: Array | None) -> list[Array]:
+    """The convolution's inputs, oldest tap first, each [B W Hk C]: a row's nearest ancestors and itself."""
+    history = jnp.concatenate([tail, mixed], 1)
+    if parents is None:
+        return [history[:, i : i + mixed.shape[1]] for i in range(taps)]
+    found = sources(parents, taps)
+    return [jnp.take_along_axis(history, found[:, :, d, None, None], 1) for d in reversed(range(taps))]
+
+
+def _convolved(window: list[Array], taps: Array, v_heads: int, k_dim: int) -> tuple[Array, Array, Array]:
+    """q, k [B Hk W Dk] of unit length (q scaled) and v [B Hv W Dv], in fp32, after the causal convolution."""
+    dtype, wide = window[0].dtype, jnp.float32
+    mixed = sum(x.astype(wide) * taps[i].astype(dtype).astype(wide) for i, x in enumerate(window))
+    mixed = jax.nn.silu(mixed.astype(dtype).astype(wide)).astype(dtype).astype(wide)  # rounded as a layer of its own
+    q, k, v = jnp.split(mixed, [k_dim, 2 * k_dim], -1)
+    v = v.reshape(*v.shape[:2], v_heads, -1)
+    q, k, v = (y.swapaxes(1, 2) for y in (_unit(q) * k_dim**-0.5, _unit(k), v))
+    return q, k, v
+
+
+def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
+
+
+def _gates(b: Array, a: Array, A_log: Array, dt_bias: Array) -> tuple[Float[Array, "B Hv W"], Float[Array, "B Hv W"]]:
+    """How much of its error a row corrects (beta), and the log-decay of the state at it (g)."""
+    b, a = b.swapaxes(1, 2), a.swapaxes(1, 2)
+    beta = jax.nn.sigmoid(b).astype(jnp.float32)
+    dt = a.astype(jnp.float32) + dt_bias.astype(jnp.float32)[:, None]
+    return beta, -jnp.exp(A_log.astype(jnp.float32))[:, None] * jax.nn.softplus(dt)
 
 
 def _unit_lower_inverse(a: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
@@ -76,24 +137,25 @@ def _unit_lower_inverse(a: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
     return inverse
 
 
-def gated_delta_block(
+def _delta_rule(
     state: Float[Array, "B Hv Dk Dv"],
     q: Float[Array, "B Hk W Dk"],
     k: Float[Array, "B Hk W Dk"],
     v: Float[Array, "B Hv W Dv"],
     beta: Float[Array, "B Hv W"],
     g: Float[Array, "B Hv W"],
-) -> tuple[Float[Array, "B Hv W Dv"], Rows]:
-    """Outputs of W rows from `state`, which is left as it is, and the rows to commit from. q and k are normalised."""
+    path: Bool[Array, "B W W"] | None = None,
+) -> tuple[Float[Array, "B Hv W Dv"], Float[Array, "B Hv W Dv"], Float[Array, "B Hv W"]]:
+    """Outputs, u and G of W rows from `state`; `path` marks a row and its ancestors, or all rows before it if None."""
     W, r = q.shape[2], v.shape[1] // q.shape[1]
     kq = jnp.concatenate([k, q], axis=2)
     inner = jnp.repeat(_product(kq, k.swapaxes(-1, -2)), r, axis=1)  # [B Hv 2W W]
     from_state = _product(jnp.repeat(kq, r, axis=1), state)  # [B Hv 2W Dv]
-    decay = jnp.cumsum(g, -1)
+    decay = jnp.cumsum(g, -1) if path is None else _product(g, path.astype(jnp.float32).swapaxes(-1, -2))
     grown = jnp.exp(decay)[..., None]
     u = beta[..., None] * (v - grown * from_state[:, :, :W])
     if W > 1:
-        lower = jnp.tril(jnp.ones((W, W), bool))
+        lower = jnp.tril(jnp.ones((W, W), bool)) if path is None else path[:, None]
         gap = decay[..., :, None] - decay[..., None, :]
         between = jnp.where(lower, jnp.exp(jnp.where(lower, gap, 0.0)), 0.0)
         strict = beta[..., None] * jnp.where(jnp.eye(W, dtype=bool), 0.0, between) * inner[:, :, :W]
@@ -101,33 +163,4 @@ def gated_delta_block(
         mixed = _product(between * inner[:, :, W:], u)
     else:
         mixed = inner[:, :, W:] * u
-    return grown * from_state[:, :, W:] + mixed, Rows(k=k, u=u, decay=decay)
-
-
-def gated_delta_prefill(
-    state: Float[Array, "B Hv Dk Dv"],
-    q: Float[Array, "B Hk T Dk"],
-    k: Float[Array, "B Hk T Dk"],
-    v: Float[Array, "B Hv T Dv"],
-    beta: Float[Array, "B Hv T"],
-    g: Float[Array, "B Hv T"],
-    *,
-    chunk: int = 16,
-) -> tuple[Float[Array, "B Hv T Dv"], Float[Array, "B Hv Dk Dv"]]:
-    """Outputs of T rows and the state after them, block after block. Rows with beta = 0 and g = 0 do not count."""
-    T = q.shape[2]
-    chunk = min(chunk, T)
-    pad = -T % chunk
-
-    def chunks(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
-
-    def step(state: Array, rows: tuple[Array, ...]) -> tuple[Array, Array]:
-        out, left = gated_delta_block(state, *rows)
-        everything = jnp.full(state.shape[0], chunk)
-        return fold(state, left.commit(everything)), out
-
-    state, out = jax.lax.scan(step, state, tuple(map(chunks, (q, k, v, beta, g))))
-    out = jnp.moveaxis(out, 0, 2)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :T], state
+    return grown * from_state[:, :, W:] + mixed, u, decay

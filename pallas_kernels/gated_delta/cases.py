@@ -1,0 +1,81 @@
+"""The recurrent layers of published models, at real sizes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.case import Case
+from pallas_kernels.dispatch import tuning
+from pallas_kernels.gated_delta import gated_delta_block, gated_delta_prefill
+from pallas_kernels.gated_delta.pending import Pending
+from pallas_kernels.gated_delta.sizes import Sizes
+
+MODELS = {
+    "Qwen3.5-397B-A17B": (16, 64),
+    "Qwen3.5-35B-A3B": (16, 32),
+}  # key and value heads, 128 wide; Qwen3-Next: 16, 32
+HEAD, TAPS, PENDING = 128, 4, 16  # pending rows of a prefill: those of the loop's blocks
+
+
+def cases() -> Iterator[Case]:
+    """Blocks of 1, 16 and 64 rows (chains, and trees of 16), and prefills of 512 and 2048, for batches of 1, 16, 32."""
+    for model, heads in MODELS.items():
+        for batch in (1, 16, 32):
+            for rows in (1, 16, 64):
+                yield block_case(model, heads, batch, rows)
+            yield block_case(model, heads, batch, 16, tree=True)
+            for rows in (512, 2048):
+                yield prefill_case(model, heads, batch, rows)
+
+
+def block_case(model: str, heads: tuple[int, int], batch: int, rows: int, tree: bool = False) -> Case:
+    """One round: W rows, as many pending."""
+    given = arguments(batch, rows, rows, *heads)
+    sizes = sizes_of(given)
+    parents = (jax.ShapeDtypeStruct((batch, rows), jnp.int32),) if tree else ()
+    moved = sizes.block_bytes(tree)
+    name = f"{model}, batch {batch}, W {rows}{', tree' if tree else ''}"
+    return _case(name, gated_delta_block, given + parents, sizes.block_bytes(), moved, sizes.block_flops())
+
+
+def prefill_case(model: str, heads: tuple[int, int], batch: int, rows: int) -> Case:
+    """A chunk of a prompt."""
+    given = arguments(batch, rows, PENDING, *heads)
+    sizes, tuned = sizes_of(given), tuning(__file__)["default"]["prefill"]
+    moved = sizes.prefill_bytes(sizes.Hk // sizes.group(tuned["heads"]), tuned["chunk"])
+    count = (jax.ShapeDtypeStruct((batch,), jnp.int32),)
+    must = sizes.prefill_bytes(1, tuned["chunk"])
+    flops = sizes.prefill_flops(tuned["chunk"])
+    return _case(f"{model}, batch {batch}, prefill {rows}", gated_delta_prefill, given + count, must, moved, flops)
+
+
+def sizes_of(given: tuple[Any, ...]) -> Sizes:
+    """Of the arguments of a public function."""
+    state, pending, tail, mixed, b, _, taps = given[:7]
+    return Sizes.of(state, pending, tail, mixed, b, taps)
+
+
+def arguments(
+    batch: int, rows: int, pending: int, k_heads: int, v_heads: int, dtype: jnp.dtype = jnp.dtype(jnp.bfloat16)
+) -> tuple[Any, ...]:
+    """Shapes of state, pending, tail, mixed, b, a, taps, A_log and dt_bias."""
+
+    def shape(*sizes: int, of: jnp.dtype = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, of)
+
+    wide = jnp.dtype(jnp.float32)
+    columns = (k_heads, 2 * HEAD + v_heads // k_heads * HEAD)
+    kept = jax.eval_shape(lambda: Pending.empty(batch, pending, k_heads, v_heads, HEAD, HEAD, dtype))
+    return (
+        shape(batch, v_heads, HEAD, HEAD, of=wide), kept, shape(batch, TAPS - 1, *columns), shape(batch, rows, *columns),
+        shape(batch, rows, v_heads), shape(batch, rows, v_heads), shape(TAPS, *columns), shape(v_heads, of=wide),
+        shape(v_heads, of=wide),
+    )  # fmt: skip
+
+
+def _case(
+    name: str, function: Callable[..., Any], given: tuple[Any, ...], must_move: int, moved: int, flops: int
+) -> Case:
+    return Case(f"gated delta: {name}", function, given, must_move, moved, flops)
