@@ -175,13 +175,18 @@ def _names(axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionS
     return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in on))
 
 
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The axes of the context's mesh that a logical axis is spread over, none where it is whole."""
+    return tuple(axis for axis in RULES[name] if _sizes().get(axis, 1) > 1)
+
+
 def position(name: str) -> jax.Array | int:
     """Inside `per_shard`: which shard of a logical axis this device has."""
-    on = tuple(axis for axis in RULES[name] if _sizes().get(axis, 1) > 1)
+    on = mesh_axes(name)
     return jax.lax.axis_index(on) if on else 0
 
 
 def total(x: jax.Array, *names: str) -> jax.Array:
     """Inside `per_shard`: the sum of all shards of logical axes."""
-    on = tuple(dict.fromkeys(axis for name in names for axis in RULES[name] if _sizes().get(axis, 1) > 1))
+    on = tuple(dict.fromkeys(axis for name in names for axis in mesh_axes(name)))
     return jax.lax.psum(x, on) if on else x

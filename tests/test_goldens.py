@@ -40,7 +40,7 @@ def commit(drafter, config, cache, taps, length):
 def draft(target, drafter, block, cache, length):
     hidden = drafter(target.embed.embedding[...][block][None], cache, length)[:, 1:]
     proposed = proposal.propose(target, drafter, block[:1], cache, length, None, block.shape[0])
-    return hidden[0], drafter.logits(target.head, hidden)[0], proposed.tokens[0]
+    return hidden[0], drafter.head(target.head)(hidden)[0], proposed.tokens[0]
 
 
 def test_every_recorded_round(case):

@@ -159,7 +159,7 @@ def block_predictions(drafter: Drafter, target: Target, hidden: Array, blocks: B
 
     def predict(rows: tuple[Array, Array, Array]) -> Predictions:
         x, labels, previous = rows
-        logits = drafter.logits(target.head, x)
+        logits = drafter.head(target.head)(x)
         nll = losses.cross_entropy(logits, labels)
         if drafter.selector is None:
             return Predictions(nll, jnp.argmax(logits, -1))

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
-from dflash_jax.decoding.noise import gumbel, uniform
+from dflash_jax.decoding.noise import uniform
 from dflash_jax.decoding.proposal import Candidates, Proposal
-from dflash_jax.decoding.sampling import History, Sampling, adjusted, best, distribution, draw
+from dflash_jax.decoding.sampling import History, Sampling
+from dflash_jax.decoding.shortlist import Shortlist, everything, picked
+from dflash_jax.models.head import Head
+from pallas_kernels.head_sampling import best
 
 
 @jax.tree_util.register_dataclass
@@ -33,21 +36,45 @@ class Accepted:
         return jnp.take_along_axis(self.emitted, self.count[:, None] - 1, axis=1)[:, 0]
 
 
-def accept(
+def decide(
+    head: Head,
+    hidden: Float[Array, "B W D"],
     proposal: Proposal,
-    logits: Float32[Array, "B W V"],
     positions: Int32[Array, "B W"],
-    sampling: Sampling | None = None,
-    history: History | None = None,
+    sampling: Sampling | None,
+    history: History | None,
+) -> Accepted:
+    """`accept` by the target's logits on the rows of `hidden`, of which no more are made than the settings need."""
+
+    def by_all(head: Head, hidden: Array, proposal: Proposal, positions: Array, sampling: Sampling | None) -> Accepted:
+        return accept(proposal, everything(head(hidden), sampling, history, proposal.tokens), positions, sampling)
+
+    if sampling is not None and sampling.plan.whole:
+        return by_all(head, hidden, proposal, positions, sampling)
+    candidates = None if proposal.candidates is None else proposal.candidates.ids
+    shortlist = picked(head, hidden, positions, sampling, candidates)
+    accepted = accept(proposal, shortlist, positions, sampling)
+    if shortlist.spilled is None:
+        return accepted
+
+    def one(request: tuple) -> Accepted:
+        return jax.tree.map(lambda x: x[0], by_all(head, *jax.tree.map(lambda x: x[None], request)))
+
+    # One request at a time: this hardly ever happens, and must not reserve memory for the logits of a batch.
+    requests = hidden, proposal, positions, sampling
+    return jax.lax.cond(jnp.any(shortlist.spilled), lambda: jax.lax.map(one, requests), lambda: accepted)
+
+
+def accept(
+    proposal: Proposal, shortlist: Shortlist, positions: Int32[Array, "B W"], sampling: Sampling | None = None
 ) -> Accepted:
     """Accept the longest prefix of drafts that the target's distribution allows, and add one token of the target's own.
 
-    Row i of `logits` and `positions` is about the token after row i of the proposal; positions are absolute.
-    `history` is needed when `sampling.plan.penalties`.
+    Row i of `shortlist` and `positions` is about the token after row i of the proposal; positions are absolute.
     """
     if proposal.candidates is not None and proposal.width > 1 and sampling is not None and sampling.plan.random:
-        return _accept_by_ratio(proposal.tokens, proposal.candidates, logits, positions, sampling, history)
-    own = draw(logits, positions, sampling, history, proposal.tokens)
+        return _accept_by_ratio(proposal.tokens, proposal.candidates, shortlist, positions, sampling)
+    own = shortlist.draw(positions, sampling)
     count = _prefix(proposal.tokens[:, 1:] == own[:, :-1])
     return Accepted(count=count, emitted=jnp.where(jnp.arange(proposal.width) < count[:, None], own, -1))
 
@@ -58,18 +85,17 @@ def _prefix(stands: Array) -> Array:
 
 
 def _accept_by_ratio(
-    tokens: Array, candidates: Candidates, logits: Array, positions: Array, sampling: Sampling, history: History | None
+    tokens: Array, candidates: Candidates, shortlist: Shortlist, positions: Array, sampling: Sampling
 ) -> Accepted:
     drafts = tokens[:, 1:]
-    log_p = distribution(logits, sampling, history, tokens)
-    p = jnp.exp(jnp.take_along_axis(log_p[:, :-1], jnp.maximum(drafts, 0)[..., None], axis=-1)[..., 0])
+    log_p = shortlist.distribution(sampling)
+    p = jnp.exp(shortlist.of(log_p[:, :-1], drafts))
     q = jnp.sum(jnp.where(candidates.ids == drafts[..., None], candidates.probs, 0.0), axis=-1)
     # Strictly less, so that p = 0 is never accepted; a draft that q cannot have drawn is no draw from q.
     stands = (uniform(sampling.seed, positions[:, :-1]) * q < p) & (q > 0)
-    own = best(adjusted(logits[:, :-1], sampling, history, tokens[:, :-1]))
     greedy = (sampling.temperature == 0)[:, None]
-    count = _prefix((drafts >= 0) & jnp.where(greedy, drafts == own, stands))
-    bonus = _last(log_p, tokens, candidates, positions, sampling, count - 1)
+    count = _prefix((drafts >= 0) & jnp.where(greedy, drafts == shortlist.best()[:, :-1], stands))
+    bonus = _last(log_p, shortlist, tokens, candidates, positions, sampling, count - 1)
     rows = jnp.arange(tokens.shape[1])
     shifted = jnp.pad(drafts, ((0, 0), (0, 1)))
     emitted = jnp.where(rows < count[:, None] - 1, shifted, -1)
@@ -77,21 +103,26 @@ def _accept_by_ratio(
 
 
 def _last(
-    log_p: Array, tokens: Array, candidates: Candidates, positions: Array, sampling: Sampling, row: Array
+    log_p: Array,
+    shortlist: Shortlist,
+    tokens: Array,
+    candidates: Candidates,
+    positions: Array,
+    sampling: Sampling,
+    row: Array,
 ) -> Array:
     """The token after the path's last row: from max(p - q, 0) where a draft was refused, else from p."""
-    batch, width, vocab = log_p.shape
-    each = jnp.arange(batch)
-    log_p, position = log_p[each, row], positions[each, row]
+    width = tokens.shape[1]
+    each = jnp.arange(row.shape[0])
+    log_p, position, listed = log_p[each, row], positions[each, row], shortlist.row(row)
     draft = jnp.minimum(row, width - 2)
     drafted = (row < width - 1) & (tokens[each, draft + 1] >= 0)
-    weight = jnp.where(drafted[:, None], candidates.probs[each, draft], 0.0)
-    ids = jnp.where(weight > 0, candidates.ids[each, draft], vocab)
-    q = jnp.zeros((batch, vocab), log_p.dtype).at[each[:, None], ids].add(weight, mode="drop")
+    weights = jnp.where(drafted[:, None], candidates.probs[each, draft], 0.0)
+    q = listed.spread(candidates.ids[each, draft], weights)
     residual = jnp.maximum(jnp.exp(log_p) - q, 0.0)
     # p and q can be equal but for rounding; then nothing is left over, and a refusal was an accident of rounding too.
     usable = jnp.any(residual > 0, axis=-1, keepdims=True) & drafted[:, None]
     scores = jnp.where(usable, jnp.log(residual), log_p)
-    noise = gumbel(sampling.seed, position[:, None], vocab)[:, 0]
+    noise = listed.noise(position[:, None], sampling)[:, 0]
     scores = jnp.where((sampling.temperature > 0)[:, None], scores + noise, log_p)
-    return best(scores)
+    return best(scores, None if listed.ids is None else listed.ids[:, 0])

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt32
 
+from pallas_kernels.head_sampling import noise
+
 
 class Purpose(enum.IntEnum):
     """What a number is for. Draws that must be independent at one position have different purposes."""
@@ -19,26 +21,29 @@ class Purpose(enum.IntEnum):
     ACCEPT = 2  # the test of a drafted token against min(1, p/q)
 
 
+def row_keys(
+    seed: UInt32[Array, " B"], positions: Int32[Array, "B W"], purpose: Purpose = Purpose.TARGET
+) -> UInt32[Array, "B W 2"]:
+    """The keys of the numbers for the tokens at `positions`, as the kernels take them."""
+
+    def at(seed: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), int(purpose))
+        return jax.random.key_data(jax.random.fold_in(key, position))
+
+    return jax.vmap(jax.vmap(at, in_axes=(None, 0)))(seed, positions)
+
+
 def gumbel(
     seed: UInt32[Array, " B"], positions: Int32[Array, "B W"], size: int, purpose: Purpose = Purpose.TARGET
 ) -> Float32[Array, "B W {size}"]:
     """Standard Gumbel noise for the tokens at `positions`; argmax(log p + noise) is a draw from p."""
-    # Small u make the large values, which decide: so they are resolved to 2**-32 in probability and not to 2**-23.
-    return -jnp.log(-jnp.log1p(-_unit(seed, positions, size, purpose)))
+    ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (*positions.shape, size))
+    return noise.gumbel(row_keys(seed, positions, purpose), ids)
 
 
 def uniform(
     seed: UInt32[Array, " B"], positions: Int32[Array, "B W"], purpose: Purpose = Purpose.ACCEPT
 ) -> Float32[Array, "B W"]:
     """Uniform numbers, strictly between 0 and 1, for the tokens at `positions`."""
-    return _unit(seed, positions, 1, purpose)[..., 0]
-
-
-def _unit(seed: Array, positions: Array, size: int, purpose: Purpose) -> Array:
-    def at(seed: Array, position: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), int(purpose))
-        return jax.random.bits(jax.random.fold_in(key, position), (size,), jnp.uint32)
-
-    bits = jax.vmap(jax.vmap(at, in_axes=(None, 0)))(seed, positions)
-    # 32 bits round to 1.0 at the top, where the noise would be infinite.
-    return jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    keys = row_keys(seed, positions, purpose)
+    return noise.unit(noise.threefry(keys[..., 0], keys[..., 1], jnp.zeros((), jnp.uint32)))

@@ -8,8 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from dflash_jax.cache import DrafterCache, TargetCache
+from dflash_jax.decoding.acceptance import decide
+from dflash_jax.decoding.proposal import plain_proposal
 from dflash_jax.decoding.round import DecodeState, emit
-from dflash_jax.decoding.sampling import History, Sampling, draw
+from dflash_jax.decoding.sampling import History, Sampling
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 
@@ -62,8 +64,8 @@ def prefill(
         history=History.start(prompts, lengths, target.config.vocab_size) if penalised else None,
     )
     anchors = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
-    first = draw(target.head(last)[:, None], lengths[:, None], sampling, state.history, anchors)
-    return emit(state, first, jnp.ones(B, jnp.int32))
+    first = decide(target.head, last[:, None], plain_proposal(anchors[:, 0]), lengths[:, None], sampling, state.history)
+    return emit(state, first.emitted, first.count)
 
 
 def _chunk(target: Target, drafter: Drafter | None, prompts: Array, lengths: Array, i: Array, carry: tuple) -> tuple:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float32, Int32
 
 from dflash_jax.cache import DrafterCache
 from dflash_jax.decoding.noise import Purpose, gumbel
-from dflash_jax.decoding.sampling import Sampling, best
+from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.models.drafter import Drafter, Selector
 from dflash_jax.models.target import Target
 
@@ -66,12 +66,12 @@ def propose(
     config = drafter.config
     block = jnp.full((anchor.shape[0], width), config.mask_token_id, anchor.dtype).at[:, 0].set(anchor)
     hidden = drafter(target.lookup(block), cache, lengths)[:, 1:]
-    logits = drafter.logits(target.head, hidden)
+    slots = 1 if drafter.selector is None else config.selector_top_k
+    top = drafter.head(target.head).sample(hidden, slots=slots)
     if drafter.selector is None:
-        drafts, candidates = best(logits), None
+        drafts, candidates = top.ids[..., 0], None
     else:
-        scores, ids = jax.lax.top_k(logits, min(config.selector_top_k, logits.shape[-1]))
-        drafts, candidates = select(drafter.selector, scores, ids, hidden, anchor, lengths, sampling)
+        drafts, candidates = select(drafter.selector, top.values, top.ids, hidden, anchor, lengths, sampling)
     inside = (lengths + width <= config.max_position) | (config.max_position == 0)
     drafts = jnp.where(inside[:, None], drafts, -1)
     return Proposal(jnp.concatenate([anchor[:, None], drafts], 1), candidates)

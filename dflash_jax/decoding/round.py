@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dflash_jax.cache import DrafterCache, TargetCache
-from dflash_jax.decoding.acceptance import Accepted, accept
+from dflash_jax.decoding.acceptance import Accepted, decide
 from dflash_jax.decoding.proposal import plain_proposal, propose
 from dflash_jax.decoding.sampling import History, Sampling
 from dflash_jax.models.drafter import Drafter
@@ -47,10 +47,9 @@ def decode_round(
     with jax.named_scope("verify"):
         taps = () if drafter is None else drafter.config.tap_ids
         forward = target.verify(jnp.maximum(proposal.tokens, 0), state.cache, tap_ids=taps)
-        logits = target.head(forward.hidden)
     with jax.named_scope("accept"):
         positions = state.known[:, None] + jnp.arange(proposal.width)
-        accepted = accept(proposal, logits, positions, sampling, state.history)
+        accepted = decide(target.head, forward.hidden, proposal, positions, sampling, state.history)
     with jax.named_scope("commit"):
         return commit(state, drafter, forward, accepted)
 

@@ -5,6 +5,7 @@ keys and values come from the context (the target's taps, fused once for all lay
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.cache import DrafterCache, KeyValues
 from dflash_jax.config import DrafterConfig
 from dflash_jax.models.attention import sharded_attention
+from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation
 from dflash_jax.sharding import kv_copies
+from pallas_kernels.head_sampling import Projection
 
 
 class DynamicConv(nnx.Module):
@@ -152,12 +155,12 @@ class Drafter(nnx.Module):
         kv = self.kv_proj.of_layer(i, h).reshape(*h.shape[:-1], 2, c.num_kv_heads, c.head_dim)
         return q, attention.k_norm(kv[..., 0, :, :]), kv[..., 1, :, :]
 
-    def logits(self, head: Callable[[Array], Array], hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """The target's `head` on the drafter's hidden states, scaled and capped as configured, in fp32."""
+    def head(self, target: Head) -> Head:
+        """The target's head for the drafter's hidden states, scaled and capped as configured."""
         c = self.config
-        logits = head(hidden) * c.output_multiplier
-        cap = c.final_logit_softcapping
-        return logits if cap is None else jnp.tanh(logits / cap) * cap
+        return replace(
+            target, projection=Projection(target.projection.layout, c.output_multiplier, c.final_logit_softcapping)
+        )
 
 
 class StackedKeyValues(nnx.Module):

@@ -13,9 +13,11 @@ from dflash_jax.cache import TargetCache
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.attention import Attention, Place
 from dflash_jax.models.gated_delta import GatedDelta
+from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, linear, lookup, rotation
 from dflash_jax.models.moe import MoE
 from dflash_jax.sharding import constrain
+from pallas_kernels.head_sampling import Projection
 
 
 @jax.tree_util.register_dataclass
@@ -119,12 +121,9 @@ class Target(nnx.Module):
         """The tokens' embeddings."""
         return constrain(lookup(self.embed.embedding[...], tokens), "batch", None, None)
 
-    def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Logits in fp32."""
+    @property
+    def head(self) -> Head:
+        """The vocabulary product; call it for logits."""
         if self.lm_head is None:
-            table = self.embed.embedding[...].astype(hidden.dtype)
-            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-            return constrain(logits, "batch", "...", "vocab")
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-        return constrain(logits, "batch", "...", "vocab")
+            return Head(self.embed.embedding[...], Projection("vd"))
+        return Head(self.lm_head.kernel[...], Projection("dv"))

@@ -7,10 +7,20 @@ from hypothesis import strategies as st
 
 from dflash_jax.decoding.acceptance import accept
 from dflash_jax.decoding.proposal import Candidates, Proposal, plain_proposal
-from dflash_jax.decoding.sampling import History, Sampling, distribution
+from dflash_jax.decoding.sampling import History, Sampling
+from dflash_jax.decoding.shortlist import everything
 
 VOCAB, WIDTH, CHOICES = 9, 4, 3
-_accept, _distribution = jax.jit(accept), jax.jit(distribution)
+
+
+@jax.jit
+def _accept(given, logits, at, sampling=None, history=None):
+    return accept(given, everything(logits, sampling, history, given.tokens), at, sampling)
+
+
+@jax.jit
+def _distribution(logits, sampling, *rest):
+    return everything(logits, sampling, *rest).distribution(sampling)
 
 
 def positions(batch, first=10):

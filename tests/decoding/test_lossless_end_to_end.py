@@ -95,7 +95,7 @@ def _q_is_ignored(monkeypatch):
 def _residual_is_p(monkeypatch):
     right = acceptance._last
     nothing = lambda c: acceptance.Candidates(c.ids, jnp.zeros_like(c.probs))  # noqa: E731
-    monkeypatch.setattr(acceptance, "_last", lambda p, t, c, *rest: right(p, t, nothing(c), *rest))
+    monkeypatch.setattr(acceptance, "_last", lambda p, s, t, c, *rest: right(p, s, t, nothing(c), *rest))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.decoding import acceptance, noise, sampling
+from dflash_jax.decoding import acceptance, noise, sampling, shortlist
 from dflash_jax.decoding.proposal import Candidates
 from dflash_jax.decoding.sampling import Sampling
 from tests.decoding import toy
@@ -106,19 +106,19 @@ def _accept_independently_of_q(monkeypatch):
 def _residual_is_p(monkeypatch):
     right = acceptance._last
     none = lambda candidates: Candidates(candidates.ids, jnp.zeros_like(candidates.probs))  # noqa: E731
-    monkeypatch.setattr(acceptance, "_last", lambda p, t, c, *rest: right(p, t, none(c), *rest))
+    monkeypatch.setattr(acceptance, "_last", lambda p, s, t, c, *rest: right(p, s, t, none(c), *rest))
 
 
 def _residual_after_full_acceptance(monkeypatch):
     right = acceptance._last
     monkeypatch.setattr(
-        acceptance, "_last", lambda p, t, c, at, s, row: right(p, t, c, at, s, jnp.minimum(row, t.shape[1] - 2))
+        acceptance, "_last", lambda p, f, t, c, at, s, row: right(p, f, t, c, at, s, jnp.minimum(row, t.shape[1] - 2))
     )
 
 
 def _residual_uses_the_drafters_noise(monkeypatch):
-    right = noise.gumbel
-    monkeypatch.setattr(acceptance, "gumbel", lambda seed, at, size: right(seed, at, size, noise.Purpose.DRAFT))
+    right = noise.row_keys
+    monkeypatch.setattr(shortlist, "row_keys", lambda seed, at: right(seed, at, noise.Purpose.DRAFT))
 
 
 def _row_zero_penalises_every_row(monkeypatch):
@@ -133,17 +133,17 @@ def _anchor_counts_twice(monkeypatch):
 
 
 def _noise_by_row_not_position(monkeypatch):
-    right = sampling.gumbel
-    monkeypatch.setattr(sampling, "gumbel", lambda seed, at, size: right(seed, at - at[:, :1], size))
+    right = noise.row_keys
+    monkeypatch.setattr(shortlist, "row_keys", lambda seed, at: right(seed, at - at[:, :1]))
 
 
 def _bonus_is_the_draws_of_a_row_too_late(monkeypatch):
     right = sampling.adjusted
-    monkeypatch.setattr(sampling, "adjusted", lambda logits, *rest: right(jnp.roll(logits, 1, axis=1), *rest))
+    monkeypatch.setattr(shortlist, "adjusted", lambda logits, *rest: right(jnp.roll(logits, 1, axis=1), *rest))
 
 
 def _top_p_before_top_k(monkeypatch):
-    right = sampling._filtered
+    right = sampling.filtered
 
     def wrong(logits, settings):
         off = jnp.zeros_like
@@ -151,7 +151,7 @@ def _top_p_before_top_k(monkeypatch):
         second = Sampling(**{**vars(settings), "top_p": off(settings.top_p) + 1})
         return jnp.minimum(right(logits, first), right(logits, second))
 
-    monkeypatch.setattr(sampling, "_filtered", wrong)
+    monkeypatch.setattr(shortlist, "filtered", wrong)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from scipy import stats
 
 from dflash_jax.decoding import noise
 from dflash_jax.decoding.noise import Purpose
+from pallas_kernels.head_sampling import noise as numbers
 
 gumbel = jax.jit(noise.gumbel, static_argnums=(2, 3))
 uniform = jax.jit(noise.uniform)
@@ -23,7 +24,7 @@ def test_law(sample, law):
 
 def test_the_extreme_bits_give_finite_noise(monkeypatch):
     for bits in (0, 2**32 - 1):
-        monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype, bits=bits: jnp.full(shape, bits, dtype))
+        monkeypatch.setattr(numbers, "threefry", lambda k0, k1, ids, bits=bits: jnp.full_like(k0 + k1 + ids, bits))
         assert np.all(np.isfinite(noise.gumbel(SEEDS, POSITIONS, 3)))
         number = noise.uniform(SEEDS, POSITIONS)
         assert np.all((number > 0) & (number < 1))
@@ -31,7 +32,7 @@ def test_the_extreme_bits_give_finite_noise(monkeypatch):
 
 def test_small_probabilities_are_resolved(monkeypatch):
     """The largest noise of a vocabulary of millions is not rounded to a coarse grid."""
-    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.arange(shape[0], dtype=dtype))
+    monkeypatch.setattr(numbers, "threefry", lambda k0, k1, ids: ids)
     assert len(np.unique(noise.gumbel(SEEDS[:1], POSITIONS[:1, :1], 1000))) == 1000
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dflash_jax.decoding.sampling import History, Sampling, adjusted, distribution, draw, row_counts
+from dflash_jax.decoding.sampling import History, Sampling, adjusted, row_counts
+from dflash_jax.decoding.shortlist import everything
 from dflash_jax.errors import InputError
 from tests.decoding import reference
 
@@ -71,6 +72,14 @@ def start(batch):
 
 def batched(rows, batch=1):
     return jnp.broadcast_to(jnp.asarray(rows, jnp.float32), (batch, WIDTH, VOCAB))
+
+
+def distribution(logits, sampling, *rest):
+    return everything(logits, sampling, *rest).distribution(sampling)
+
+
+def draw(logits, positions, sampling, *rest):
+    return everything(logits, sampling, *rest).draw(positions, sampling)
 
 
 _adjusted, _distribution, _draw = jax.jit(adjusted), jax.jit(distribution), jax.jit(draw)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax.decoding import acceptance
+from dflash_jax.decoding import acceptance, shortlist
 from dflash_jax.decoding.noise import Purpose, gumbel
 from dflash_jax.decoding.proposal import Candidates, Proposal
 from dflash_jax.decoding.sampling import History, Sampling
@@ -84,7 +84,8 @@ def one_round(toy: Toy, kind: str, width: int, tokens: jax.Array, length: jax.Ar
     previous = jnp.concatenate([before[:, None], proposal.tokens[:, :-1]], axis=1)
     # An absent draft gets logits of noughts, as any would do: nothing may depend on them.
     logits = jnp.where((proposal.tokens >= 0)[..., None], jnp.asarray(toy.target)[previous, proposal.tokens], 0.0)
-    accepted = acceptance.accept(proposal, logits, positions, sampling, history)
+    following = shortlist.everything(logits, sampling, history, proposal.tokens)
+    accepted = acceptance.accept(proposal, following, positions, sampling)
     emitted = rows < accepted.count[:, None]
     places = jnp.where(emitted, positions, tokens.shape[1])
     tokens = tokens.at[each, places].set(accepted.emitted, mode="drop")

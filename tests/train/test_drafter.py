@@ -142,7 +142,7 @@ def test_selector_learns_among_its_candidates_with_the_true_predecessor(target):
     for a, w in np.ndindex(2, 4):
         if w == 0:
             continue
-        logits = np.asarray(short.logits(target.head, hidden[0, a, w]))
+        logits = np.asarray(short.head(target.head)(hidden[0, a, w]))
         ids = np.argsort(-logits)[:2]
         extra = short.selector(jnp.asarray(labels[0, a, w - 1]), jnp.asarray(ids), jnp.asarray(hidden[0, a, w]))
         scores = logits[ids] + np.asarray(extra)
