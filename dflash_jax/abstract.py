@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dflash_jax.cache import DrafterCache, KeyValues, Recurrence, TargetCache
 from dflash_jax.config import DrafterConfig, TargetConfig, load_config, read_json
@@ -53,7 +53,7 @@ class Abstract:
     rows: int  # a sequence, that the target runs in one step
     batch: int
     context: int
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     weights: tuple[Leaf, ...]
     cache: tuple[Leaf, ...]
     lower: Callable[[], Any]  # to a jax.stages.Lowered
@@ -66,7 +66,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def build(
-    target: TargetConfig, drafter: DrafterConfig | None, mesh: Mesh, kind: ProgramKind, batch: int, context: int,
+    target: TargetConfig, drafter: DrafterConfig | None, mesh: Mesh | AbstractMesh, kind: ProgramKind, batch: int, context: int,
     width: int,
 ) -> Abstract:  # fmt: skip
     """The program over a mesh whose devices may be compile-only ones; nothing is allocated.
@@ -131,7 +131,7 @@ def empty_state(
     )
 
 
-def decode_state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+def decode_state_shardings(state: DecodeState, mesh: Any) -> DecodeState:
     """Where every part of a decode state goes: sequences on the batch's axes, heads on theirs."""
 
     def place(x: Any, *axes: Axis) -> Any:

@@ -165,7 +165,8 @@ def _plan(options: PlanOptions) -> int:
 
     if options.target is None:
         raise InputError("there is no target; give --target, a config.json or a folder with one")
-    require_compiler(parse_topology(options.topology).chip)
+    if options.compile:
+        require_compiler(parse_topology(options.topology).chip)
     prepare()  # before jax is imported
     from dflash_jax.plan import Request, plan
 

@@ -84,4 +84,4 @@ def _compiled(compiled: dict[str, Any], console: Console) -> None:
         ("weight_copies", "copies of weights of at least 1 MiB"),
         ("vocabulary_temporaries", "temporaries of size [rows, vocabulary]"),
     ):
-        console.print(f"{text}: {len(compiled[name]) or 'none'}")
+        console.print(f"{text}: {len(compiled[name]) or 'none'}", markup=False)
