@@ -141,7 +141,7 @@ class Drafter(nnx.Module):
         q, k, v = self.heads(i, h)
         out, *_ = sharded_attention(
             rotate(q, turn), cache, rotate(k, turn), v, lengths,
-            causal=c.causal[i], scale=c.head_dim**-0.5, window=self.window(i),
+            causal=c.causal[i], scale=c.head_dim**-0.5, window=self.window(i), write=False,
         )  # fmt: skip
         return out.reshape(B, W, -1)
 

@@ -1,5 +1,64 @@
 """Blocks of rows at many anchors of one sequence against its shared context: the drafter's training attention."""
 
-from pallas_kernels.anchored_attention.reference import anchored_attention
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.anchored_attention import gpu, reference, tpu
+from pallas_kernels.dispatch import Implementation, dispatch
 
 __all__ = ["anchored_attention"]
+
+
+def anchored_attention(
+    q: Float[Array, "B A W N H"],
+    ctx_k: Float[Array, "B T K H"],
+    ctx_v: Float[Array, "B T K H"],
+    blk_k: Float[Array, "B A W K H"],
+    blk_v: Float[Array, "B A W K H"],
+    anchors: Int[Array, "B A"],
+    *,
+    causal: bool,
+    window: int | None = None,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B A W N H"]:
+    """Softmax in fp32 over the context strictly before each anchor and the block's own rows; no block sees another.
+
+    Row w of block a stands at position `anchors[b, a] + w`; a window counts the query itself. Anchors may stand in any
+    order and may be outside 0..T; ascending ones leave out the most work. Gradients go to the five float inputs: by
+    autodiff of the reference (CPU, and GPU), by kernels of their own on a TPU.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, a window below 1, or an `implementation` that does not take
+            these shapes
+    """
+    _check(q, ctx_k, ctx_v, blk_k, blk_v, anchors, window)
+    options = {"causal": causal, "window": window, "scale": scale}
+    return dispatch(
+        implementation, q, ctx_k, ctx_v, blk_k, blk_v, anchors,
+        reference=functools.partial(reference.anchored_attention, **options),
+        tpu=functools.partial(tpu.anchored_attention, **options) if tpu.takes(q, ctx_k) else None,
+        gpu=functools.partial(gpu.anchored_attention, **options) if gpu.takes(q, ctx_k) else None,
+    )  # fmt: skip
+
+
+def _check(
+    q: Array, ctx_k: Array, ctx_v: Array, blk_k: Array, blk_v: Array, anchors: Array, window: int | None
+) -> None:
+    B, A, W, N, H = q.shape
+    T, K = ctx_k.shape[1:3]
+    wanted = {"ctx_k": (B, T, K, H), "ctx_v": (B, T, K, H), "blk_k": (B, A, W, K, H), "blk_v": (B, A, W, K, H)}
+    given = {"ctx_k": ctx_k, "ctx_v": ctx_v, "blk_k": blk_k, "blk_v": blk_v}
+    for name, shape in wanted.items():
+        if given[name].shape != shape:
+            raise ValueError(f"{name} is {given[name].shape}; queries {q.shape} and context of {T} want {shape}")
+        if given[name].dtype != q.dtype:
+            raise ValueError(f"{name} is {given[name].dtype} and the queries are {q.dtype}; give one dtype")
+    if anchors.shape != (B, A) or not jnp.issubdtype(anchors.dtype, jnp.integer):
+        raise ValueError(f"anchors are {anchors.dtype} {anchors.shape}; give integers {(B, A)}")
+    if N % K:
+        raise ValueError(f"{N} query heads are not a multiple of {K} KV heads")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it counts the row itself, so give 1 or more, or None")

@@ -4,80 +4,127 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.block_attention.rows import gather_pages, write_rows
+
 HIDDEN = -1e30  # a finite score: a row without any visible key stays finite
 
 
-def write_rows(
-    cache: Float[Array, "B K S H"],
-    rows: Float[Array, "B K W H"],
-    start: Int[Array, "B"],
-    count: Int[Array, "B"] | None = None,
-) -> Float[Array, "B K S H"]:
-    """The cache with row i of sequence b at `start[b] + i`, for i < `count[b]` only where that is given.
-
-    All W rows must have room: start + W <= S.
-    """
-
-    def place(cache: Array, rows: Array, start: Array, count: Array | None) -> Array:
-        if count is not None:
-            old = jax.lax.dynamic_slice_in_dim(cache, start, rows.shape[1], axis=1)
-            rows = jnp.where((jnp.arange(rows.shape[1]) < count)[:, None], rows, old)
-        return jax.lax.dynamic_update_slice_in_dim(cache, rows, start, axis=1)
-
-    return jax.vmap(place)(cache, rows.astype(cache.dtype), start, count)
-
-
 def visible(
-    lengths: Int[Array, "B"], rows: int, capacity: int, causal: bool, window: int | None
+    lengths: Int[Array, "B"],
+    rows: int,
+    capacity: int,
+    causal: bool,
+    window: int | None,
+    mask: Bool[Array, "#B W W"] | None = None,
+    depths: Int[Array, "#B W"] | None = None,
 ) -> Bool[Array, "B W S"]:
-    """Row i, at position `lengths[b] + i`, sees what is committed, and the block up to itself (causal) or all of it.
+    """Which cache positions a row sees, once the block lies behind the committed rows.
 
-    A window counts the row itself, and bounds what lies before it.
+    Without a mask row i stands at `lengths[b] + i`, and sees what is committed, and the block up to itself (causal) or
+    all of it. With a mask it stands at `lengths[b] + depths[b, i]`, and sees those rows of the block that the mask
+    names. A window counts the row itself, and bounds what lies before it.
     """
     s = jnp.arange(capacity)
-    positions = (lengths[:, None] + jnp.arange(rows))[:, :, None]
-    last = positions if causal else (lengths + rows - 1)[:, None, None]
-    seen = jnp.broadcast_to(s <= last, (lengths.shape[0], rows, capacity))
-    return seen if window is None else seen & (s > positions - window)
+    if mask is None:
+        positions = (lengths[:, None] + jnp.arange(rows))[:, :, None]
+        last = positions if causal else (lengths + rows - 1)[:, None, None]
+        seen = jnp.broadcast_to(s <= last, (lengths.shape[0], rows, capacity))
+        return seen if window is None else seen & (s > positions - window)
+    depth = jnp.arange(rows)[None] if depths is None else depths
+    seen = jnp.broadcast_to(s < lengths[:, None, None], (lengths.shape[0], rows, capacity))
+    if window is not None:
+        seen &= s > (lengths[:, None] + depth)[:, :, None] - window
+    own = jnp.broadcast_to(own_mask(rows, causal, window, mask, depths), (lengths.shape[0], rows, rows))
+    return jax.vmap(lambda seen, own, n: jax.lax.dynamic_update_slice_in_dim(seen, own, n, axis=1))(seen, own, lengths)
 
 
-def block_attention(
+def own_mask(
+    rows: int,
+    causal: bool,
+    window: int | None,
+    mask: Bool[Array, "#B W W"] | None,
+    depths: Int[Array, "#B W"] | None,
+) -> Bool[Array, "#B W W"]:
+    """Which rows of the block a row of it sees."""
+    depth = jnp.arange(rows)[None] if depths is None else depths
+    if mask is None:
+        mask = jnp.tri(rows, dtype=bool)[None] if causal else jnp.ones((1, rows, rows), bool)
+    return mask if window is None else mask & (depth[:, None, :] > depth[:, :, None] - window)
+
+
+def attend(
     q: Float[Array, "B W N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "P K S H"],
+    values: Float[Array, "P K S H"],
     block_keys: Float[Array, "B W K H"],
     block_values: Float[Array, "B W K H"],
     lengths: Int[Array, "B"],
+    page_table: Int[Array, "B n"] | None,
+    mask: Bool[Array, "#B W W"] | None,
+    depths: Int[Array, "#B W"] | None,
+    sinks: Float[Array, "N"] | None,
     *,
     causal: bool,
     scale: float,
-    window: int | None = None,
-    sinks: Float[Array, "N"] | None = None,
-) -> tuple[Float[Array, "B W N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """Softmax attention over `lengths[b]` cached rows and the block's own rows, in fp32.
-
-    Returns the output, and keys and values with the block's rows behind the committed ones. Rows past the committed
-    length are never read, and the next block overwrites them; so to reject a row is not to count it. A cache of
-    capacity 0 (training) takes no rows.
-    """
+    window: int | None,
+    soft_cap: float | None,
+    write: bool,
+) -> tuple[Float[Array, "B W N H"], Float[Array, "P K S H"], Float[Array, "P K S H"]]:
+    """The definition of `block_attention`: place the rows behind the committed ones, attend once."""
+    packed = keys.shape[3] // q.shape[3]
+    if packed > 1:
+        q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
     B, W = q.shape[:2]
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
-    if keys.shape[2]:
-        keys, values = (write_rows(cache, rows, lengths) for cache, rows in zip((keys, values), own, strict=True))
-        out = _attend(q, keys, values, visible(lengths, W, keys.shape[2], causal, window), scale, sinks)
-    else:
-        out = _attend(q, *own, visible(jnp.zeros(B, jnp.int32), W, W, causal, window), scale, sinks)
+    if not keys.shape[2]:
+        seen = visible(jnp.zeros(B, jnp.int32), W, W, causal, window, mask, depths)
+        return _softmax(q, *own, seen, scale, soft_cap, sinks), keys, values
+
+    def place(cache: Array, rows: Array) -> Array:
+        dense = cache if page_table is None else gather_pages(cache, page_table, lengths, W)
+        return write_rows(dense, rows, lengths)
+
+    all_keys, all_values = place(keys, own[0]), place(values, own[1])
+    seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
+    out = _softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks)
+    if packed > 1:
+        out = one_head(out, keys.shape[1], packed)
+    if not write:
+        return out, keys, values
+    if page_table is None:
+        return out, all_keys, all_values
+    keys, values = (write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True))
     return out, keys, values
 
 
-def _attend(q: Array, keys: Array, values: Array, mask: Array, scale: float, sinks: Array | None) -> Array:
-    """q [B W N H] against keys and values [B K S H], of which row w sees mask [B W S]."""
+def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
+    """The same attention with fewer, longer key heads: a query is zero where the other heads' numbers lie."""
+    (B, W, N, H), K = q.shape, block_keys.shape[2] // packed
+    apart = q.reshape(B, W, K, packed, N // K // packed, 1, H)
+    own = jnp.eye(packed, dtype=bool)[:, None, :, None]
+    q = jnp.where(own, apart, jnp.zeros_like(apart)).reshape(B, W, N, packed * H)
+    return q, block_keys.reshape(B, W, K, packed * H), block_values.reshape(B, W, K, packed * H)
+
+
+def one_head(out: Array, kv_heads: int, packed: int) -> Array:
+    """Of each query head's output the numbers of its own key head."""
+    B, W, N, H = out.shape
+    out = out.reshape(B, W, kv_heads, packed, N // kv_heads // packed, packed, H // packed)
+    return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)
+
+
+def _softmax(
+    q: Array, keys: Array, values: Array, mask: Array, scale: float, soft_cap: float | None, sinks: Array | None
+) -> Array:
+    """q [B W N H] against keys and values [B K S H], of which row w sees mask [B W S]; fp32 inside."""
     B, W, N, H = q.shape
     K = keys.shape[1]
     G = N // K
     grouped = q.reshape(B, W, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * W, H)
     # Keys on the left: with them on the right the CPU packs the whole cache anew (4x slower at 512 positions).
     scores = jnp.einsum("bksh,bkrh->bksr", keys, grouped, preferred_element_type=jnp.float32).swapaxes(2, 3) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, W, -1), HIDDEN)
     top = jnp.max(scores, -1)
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, G, 1)

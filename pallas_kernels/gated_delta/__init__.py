@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.gated_delta import reference, tpu, tpu_prefill
+from pallas_kernels.gated_delta import gpu, reference, tpu, tpu_prefill
 from pallas_kernels.gated_delta.pending import Pending, Rows, conv_tail
 from pallas_kernels.gated_delta.reference import fold
 
@@ -50,8 +50,13 @@ def gated_delta_block(
     """
     arguments: tuple[Any, ...] = (state, pending, tail, mixed, b, a, taps, A_log, dt_bias, parents)
     fits = _fits_tpu(state, mixed) and mixed.shape[1] <= tpu.MOST_ROWS
-    kernel = tpu.gated_delta_block if fits else None
-    return dispatch(implementation, *arguments, reference=reference.gated_delta_block, tpu=kernel)
+    return dispatch(
+        implementation,
+        *arguments,
+        reference=reference.gated_delta_block,
+        tpu=tpu.gated_delta_block if fits else None,
+        gpu=gpu.gated_delta_block if parents is None and _fits_gpu(state, mixed) else None,
+    )
 
 
 def gated_delta_prefill(
@@ -73,10 +78,20 @@ def gated_delta_prefill(
     Arguments as for `gated_delta_block`. Rows past the count may hold anything.
     """
     arguments: tuple[Any, ...] = (state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count)
-    kernel = tpu_prefill.gated_delta_prefill if _fits_tpu(state, mixed) else None
-    return dispatch(implementation, *arguments, reference=reference.gated_delta_prefill, tpu=kernel)
+    return dispatch(
+        implementation,
+        *arguments,
+        reference=reference.gated_delta_prefill,
+        tpu=tpu_prefill.gated_delta_prefill if _fits_tpu(state, mixed) else None,
+        gpu=gpu.gated_delta_prefill if _fits_gpu(state, mixed) else None,
+    )
 
 
 def _fits_tpu(state: Array, mixed: Array) -> bool:
     """Head sizes fill whole lanes, as those of all published models do."""
     return not (state.shape[2] % 128 or state.shape[3] % 128) and mixed.dtype in (jnp.float32, jnp.bfloat16)
+
+
+def _fits_gpu(state: Array, mixed: Array) -> bool:
+    """A thread for each element of a head."""
+    return state.shape[2:] == (gpu.HEAD, gpu.HEAD) and mixed.dtype in (jnp.float32, jnp.bfloat16)

@@ -12,11 +12,10 @@ from pallas_kernels.gated_delta import gated_delta_block, gated_delta_prefill
 from pallas_kernels.gated_delta.pending import Pending
 from pallas_kernels.gated_delta.sizes import Sizes
 
-MODELS = {
-    "Qwen3.5-397B-A17B": (16, 64),
-    "Qwen3.5-35B-A3B": (16, 32),
-}  # key and value heads, 128 wide; Qwen3-Next: 16, 32
+# Key and value heads; Qwen3-Next-80B-A3B has those of Qwen3.5-35B-A3B.
+MODELS = {"Qwen3.5-397B-A17B": (16, 64), "Qwen3.5-35B-A3B": (16, 32)}
 HEAD, TAPS, PENDING = 128, 4, 16  # pending rows of a prefill: those of the loop's blocks
+WIDE, NARROW = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
 
 def cases() -> Iterator[Case]:
@@ -58,21 +57,16 @@ def sizes_of(given: tuple[Any, ...]) -> Sizes:
 
 
 def arguments(
-    batch: int, rows: int, pending: int, k_heads: int, v_heads: int, dtype: jnp.dtype = jnp.dtype(jnp.bfloat16)
+    batch: int, rows: int, pending: int, k_heads: int, v_heads: int, dtype: jnp.dtype = NARROW
 ) -> tuple[Any, ...]:
     """Shapes of state, pending, tail, mixed, b, a, taps, A_log and dt_bias."""
-
-    def shape(*sizes: int, of: jnp.dtype = dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, of)
-
-    wide = jnp.dtype(jnp.float32)
+    shape = jax.ShapeDtypeStruct
     columns = (k_heads, 2 * HEAD + v_heads // k_heads * HEAD)
+    state = shape((batch, v_heads, HEAD, HEAD), WIDE)
     kept = jax.eval_shape(lambda: Pending.empty(batch, pending, k_heads, v_heads, HEAD, HEAD, dtype))
-    return (
-        shape(batch, v_heads, HEAD, HEAD, of=wide), kept, shape(batch, TAPS - 1, *columns), shape(batch, rows, *columns),
-        shape(batch, rows, v_heads), shape(batch, rows, v_heads), shape(TAPS, *columns), shape(v_heads, of=wide),
-        shape(v_heads, of=wide),
-    )  # fmt: skip
+    tail, mixed, taps = (shape(rows + columns, dtype) for rows in ((batch, TAPS - 1), (batch, rows), (TAPS,)))
+    gate, weight = shape((batch, rows, v_heads), dtype), shape((v_heads,), WIDE)
+    return state, kept, tail, mixed, gate, gate, taps, weight, weight
 
 
 def _case(

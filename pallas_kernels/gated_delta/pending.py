@@ -71,7 +71,12 @@ def conv_tail(
     path: Int[Array, "B N"] | None = None,
 ) -> Float[Array, "B R Hk C"]:
     """The last R inputs of the convolution once the first `count[b]` rows (of the path) are committed."""
-    if path is not None:
-        mixed = jnp.take_along_axis(mixed, path[:, :, None, None], axis=1, mode="clip")
-    history = jnp.concatenate([tail, mixed], 1)
-    return jax.vmap(lambda h, n: jax.lax.dynamic_slice_in_dim(h, n, tail.shape[1], axis=0))(history, count)
+    R = tail.shape[1]
+    at = count[:, None] + jnp.arange(R)  # in the tail and then the rows
+    row = jnp.maximum(at - R, 0)
+    row = row if path is None else jnp.take_along_axis(path, row, 1)
+    old, new = (
+        jnp.take_along_axis(x, index[:, :, None, None], 1, mode="clip")
+        for x, index in ((tail, jnp.minimum(at, R - 1)), (mixed, row))
+    )
+    return jnp.where((at < R)[:, :, None, None], old, new)

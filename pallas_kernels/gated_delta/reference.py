@@ -106,7 +106,7 @@ def _window(tail: Array, mixed: Array, taps: int, parents: Array | None) -> list
 def _convolved(window: list[Array], taps: Array, v_heads: int, k_dim: int) -> tuple[Array, Array, Array]:
     """q, k [B Hk W Dk] of unit length (q scaled) and v [B Hv W Dv], in fp32, after the causal convolution."""
     dtype, wide = window[0].dtype, jnp.float32
-    mixed = sum(x.astype(wide) * taps[i].astype(dtype).astype(wide) for i, x in enumerate(window))
+    mixed = sum((x.astype(wide) * tap.astype(dtype) for x, tap in zip(window, taps, strict=True)), jnp.zeros((), wide))
     mixed = jax.nn.silu(mixed.astype(dtype).astype(wide)).astype(dtype).astype(wide)  # rounded as a layer of its own
     q, k, v = jnp.split(mixed, [k_dim, 2 * k_dim], -1)
     v = v.reshape(*v.shape[:2], v_heads, -1)

@@ -70,9 +70,9 @@ class Sizes:
         return 2 * self.state_bytes + self._pending() + new + self._activations() + links
 
     def prefill_bytes(self, groups: int, chunk: int) -> int:
-        """What a prefill of W rows moves: the state both ways, pending rows in, activations."""
+        """What a prefill of W rows moves: the state both ways, pending rows in, activations, counts."""
         passes = groups if chunk < self.W else 1  # the gates of a chunk hold all heads, and each group reads them anew
-        return 2 * self.state_bytes + self._pending() + self._activations(passes)
+        return 2 * self.state_bytes + self._pending() + self._activations(passes) + 4 * self.B
 
     def _rule_flops(self, rows: int, chunk: int) -> int:
         """Products of the state with k, q; of the chunk with itself; and the solution."""

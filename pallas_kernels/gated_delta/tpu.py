@@ -20,11 +20,11 @@ MOST_ROWS = 128  # beyond, the rows solved one after the other would cost more t
 
 def gated_delta_block(
     state: Array, pending: Pending, tail: Array, mixed: Array, b: Array, a: Array, taps: Array, A_log: Array,
-    dt_bias: Array, parents: Array | None = None, *, interpret: Any = False,
+    dt_bias: Array, parents: Array | None = None, *, tiles: dict[str, int] | None = None, interpret: Any = False,
 ) -> tuple[Array, Array, Rows]:  # fmt: skip
-    """As the public function."""
+    """As the public function; tiles as in tuning.json."""
     n = Sizes.of(state, pending, tail, mixed, b, taps)
-    heads = n.group(tuning(__file__)["default"]["block"]["heads"])
+    heads = n.group((tiles or tuning(__file__)["default"]["block"])["heads"])
     groups, v_heads = n.Hk // heads, heads * n.r
 
     def block(*shape: int | None, at: Any) -> pl.BlockSpec:

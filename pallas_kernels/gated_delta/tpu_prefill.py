@@ -17,11 +17,11 @@ from pallas_kernels.gated_delta.sizes import Sizes
 
 def gated_delta_prefill(
     state: Array, pending: Pending, tail: Array, mixed: Array, b: Array, a: Array, taps: Array, A_log: Array,
-    dt_bias: Array, count: Array, *, interpret: Any = False,
+    dt_bias: Array, count: Array, *, tiles: dict[str, int] | None = None, interpret: Any = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """As the public function."""
+    """As the public function; tiles as in tuning.json."""
     n = Sizes.of(state, pending, tail, mixed, b, taps)
-    tuned = tuning(__file__)["default"]["prefill"]
+    tuned = tiles or tuning(__file__)["default"]["prefill"]
     heads, chunk = n.group(tuned["heads"]), min(tuned["chunk"], n.W)
     groups, v_heads, flat = n.Hk // heads, heads * n.r, n.Hk * n.C
 

@@ -13,7 +13,7 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
     return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     """Row (axis 0) or column numbers."""
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 

@@ -49,3 +49,23 @@ def test_gradients_are_finite_for_a_block_without_context():
     gradients = jax.grad(total, tuple(range(5)))(*given)
     assert all(bool(jnp.isfinite(g).all()) for g in gradients)
     assert not gradients[1].any() and not gradients[2].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ctx_v": (B, T + 1, K, H)}, "ctx_v is"),
+        ({"blk_k": (B, A, W + 1, K, H)}, "blk_k is"),
+        ({"anchors": (B, A + 1)}, "anchors are"),
+        ({"window": 0}, "window is 0"),
+        ({"implementation": "tpu"}, "does not take these shapes"),
+        ({"implementation": "gpu"}, "does not take these shapes"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, message):
+    shapes = dict(zip(("q", "ctx_k", "ctx_v", "blk_k", "blk_v"), (x.shape for x in arrays()), strict=True))
+    options = {name: change[name] for name in ("window", "implementation") if name in change}
+    given = {name: jnp.zeros(change.get(name, shape)) for name, shape in shapes.items()}
+    anchors = jnp.zeros(change.get("anchors", (B, A)), jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        anchored_attention(*given.values(), anchors, causal=True, scale=0.3, **options)

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_attention import block_attention
+from pallas_kernels.block_attention import block_attention, write_rows
+from tests.pallas_kernels.blocks import Block
 
 B, W, N, K, H, S = 2, 4, 4, 2, 8, 16
 LENGTHS = np.array([0, 9])
@@ -40,3 +41,69 @@ def test_equals_attention_row_by_row(causal, window, sink):
         for b, n in enumerate(LENGTHS):
             np.testing.assert_allclose(cache[b, :, n : n + W], rows[b].swapaxes(0, 1), rtol=1e-6)
             np.testing.assert_allclose(cache[b, :, :n], before[b, :, :n], rtol=1e-6)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": 9, "sinks": True, "soft_cap": 3.0},
+        {"causal": False, "write": False},
+        {"tree": True, "window": 4, "sinks": True},
+        {"tree": True, "shared_mask": True, "write": False},
+        {"packed": 2, "sinks": True, "tree": True},
+        {"dtype": "bfloat16"},
+        {"lengths": (0, 57, 16, 15), "width": 7},
+        {"lengths": (5, 23, 0), "width": 37, "window": 20},
+    ],
+)
+def test_equals_a_float64_truth_and_touches_only_its_own_rows(paged: bool, change: dict):
+    block = Block(**{"lengths": (3, 41), "width": 12, "head_dim": 8, "paged": paged, **change})
+    # The dense reference multiplies what is not committed by zero; pages may hold anything.
+    unused = np.nan if paged else 0.0
+    block.check(block.run(unused, implementation="reference"), unused=unused)
+
+
+def test_paged_equals_dense():
+    paged = Block((3, 41, 20), 9, head_dim=8, window=30, tree=True)
+    dense = Block((3, 41, 20), 9, head_dim=8, window=30, tree=True, paged=False)
+    np.testing.assert_array_equal(paged.run(0.0)[0], dense.run(0.0)[0])
+
+
+def test_rows_without_a_page_are_dropped():
+    block = Block((3, 14), 5, head_dim=8)
+    arrays, options = block.arguments()
+    none = jnp.asarray([[-1, -1, -1, -1], [2, -1, -1, -1]])
+    _, keys, values = block_attention(*arrays, **options | {"page_table": none})
+    for cache, before, rows in zip((keys, values), block.caches(np.nan), block.made["rows"], strict=True):
+        expected = before.copy()
+        expected[2, :, 14:] = rows[1, :2].swapaxes(0, 1)
+        np.testing.assert_array_equal(cache, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("packed", [1, 2])
+def test_counted_rows_into_pages(packed: int):
+    block = Block((3, 14), 5, head_dim=8, packed=packed)
+    arrays, options = block.arguments()
+    rows = jnp.swapaxes(arrays[3], 1, 2)
+    cache = write_rows(arrays[1], rows, arrays[5], jnp.asarray([2, 4]), page_table=options["page_table"])
+    expected = block.caches(np.nan)[0]
+    for b, count in enumerate((2, 4)):
+        for i in range(count):
+            entry, row = block.at(b, block.lengths[b] + i)
+            expected[entry, :, row] = block.made["rows"][0][b, i]
+    np.testing.assert_array_equal(block.unpacked(np.asarray(cache)), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"depths": jnp.zeros((1, 5), jnp.int32)}, "has a mask too"),
+        ({"page_table": None}, "an entry a sequence"),
+        ({"implementation": "fpga"}, "give one of reference, tpu, gpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str):
+    arrays, options = Block((3, 14), 5, head_dim=8).arguments()
+    with pytest.raises(ValueError, match=message):
+        block_attention(*arrays, **options | change)

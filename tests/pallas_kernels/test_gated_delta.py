@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gated_delta import gated_delta_block, gated_delta_prefill
+from pallas_kernels.gated_delta.tree import ancestors, sources
+from tests.pallas_kernels.gated_delta_rounds import Rounds, Shape, path_to, random_parents, rows
+
+block, prefill = jax.jit(gated_delta_block), jax.jit(gated_delta_prefill)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("width", [1, 7, 20])
+def test_rounds_of_random_paths_equal_the_rule_row_by_row(width, tree):
+    run = Rounds(Shape(), width, np.random.default_rng(width), block, prefill)
+    run.run_prefill(9, [9, 4])
+    for _ in range(4):
+        run.run_block(width, tree)
+    run.run_prefill(9, [2, 0])
+    run.run_block(width, not tree)
+
+
+@pytest.mark.parametrize("length", [2, 37])
+def test_ragged_prefills_equal_the_rule_row_by_row(length):
+    run = Rounds(Shape(B=3), 5, np.random.default_rng(length), block, prefill)
+    for _ in range(2):
+        run.run_prefill(length, [length, 0, length // 2])
+        run.run_block(5, tree=False)
+
+
+def test_a_state_that_decays_at_once_stays_finite():
+    run = Rounds(Shape(), 6, np.random.default_rng(0), block, prefill, fast_decay=True)
+    run.run_prefill(40, [40, 17])
+    for tree in (False, True, False):
+        run.run_block(6, tree)
+    assert not bool(jnp.any(jnp.isnan(run.state)))
+
+
+def test_ancestors_and_sources_follow_the_paths():
+    rng, shape = np.random.default_rng(0), Shape(B=4)
+    for count in (1, 2, 9, 33):
+        parents = random_parents(shape, rng, count)
+        reach, found = ancestors(jnp.asarray(parents)), sources(jnp.asarray(parents), 4)
+        for s in range(shape.B):
+            for i in range(count):
+                path = path_to(parents[s], i)
+                assert np.flatnonzero(reach[s, i]).tolist() == path
+                assert found[s, i].tolist() == [0, 1, 2, *(3 + row for row in path)][:-5:-1]
+
+
+def test_a_chain_told_as_a_tree_is_the_same():
+    width, run = 12, Rounds(Shape(), 12, np.random.default_rng(3), block, prefill)
+    mixed, b, a = map(jnp.asarray, rows(run.shape, run.rng, width))
+    given = [run.state, run.pending, run.tail, mixed, b, a, *map(jnp.asarray, run.weights)]
+    parents, path = (jnp.tile(jnp.arange(width), (2, 1)) - less for less in (1, 0))
+    (out, _, left), (same, _, also) = block(*given), block(*given, parents)
+    np.testing.assert_allclose(out, same, atol=1e-6)
+    count = jnp.asarray([5, 12])
+    for one, two in zip(jax.tree.leaves(left.commit(count)), jax.tree.leaves(also.commit(count, path)), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
