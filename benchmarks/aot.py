@@ -122,18 +122,20 @@ def bound(result: Result, topology: Topology) -> float:
 
 HEAD = """# Kernels at real sizes
 
-Written by `make aot`, which compiles every case below for every chip below on a machine that has none of them, and fails where one
-does not compile or moves more than 1.15 times the bytes that it must. Nothing here was run or timed on an accelerator.
+Written by `make aot`, which compiles every case below for every chip below on a machine that has none of them, and
+fails where one does not compile or moves more than 1.15 times the bytes that it must. Nothing here was run or timed
+on an accelerator.
 
-**What compiling proves.** For TPUs the real compilers run to the end (Mosaic and XLA of libtpu): the kernel lowers, its tiles are
-legal, and its buffers fit VMEM; not that its results are right (tests compare it with its reference under `InterpretParams`),
-nor how fast it is. For the H100, lowering to Mosaic GPU and XLA's part are proven; the machine code of a Mosaic GPU kernel is
-made when it is loaded on a GPU, so registers and shared memory are *not* proven here: the kernels count their shared memory themselves.
+**What compiling proves.** For TPUs the real compilers run to the end (Mosaic and XLA of libtpu): the kernel lowers,
+its tiles are legal, and its buffers fit VMEM; not that its results are right (tests compare it with its reference
+under `InterpretParams`), nor how fast it is. For the H100, lowering to Mosaic GPU and XLA's part are proven; the
+machine code of a Mosaic GPU kernel is made when it is loaded on a GPU, so registers and shared memory are *not*
+proven here: the kernels count their shared memory themselves.
 
-**Columns.** `must move`: bytes that any implementation reads or writes (weights, keys, values and state once). `moved`: what the TPU
-kernel moves, as in its cost estimate (tests count its transfers), as a multiple of that. `us`: the least time on a device at published peaks, bytes or products, whichever
-takes longer (tpu7x: one of a chip's two devices). `ref`: no kernel takes the case on that chip, and the reference was compiled
-instead; a dash: nothing was.
+**Columns.** `must move`: bytes that any implementation reads or writes (weights, keys, values and state once).
+`moved`: what the TPU kernel moves, as in its cost estimate (tests count its transfers), as a multiple of that. `us`:
+the least time on a device at published peaks, bytes or products, whichever takes longer (tpu7x: one of a chip's two
+devices). `ref`: no kernel takes the case on that chip, and the reference was compiled instead; a dash: nothing was.
 """
 
 

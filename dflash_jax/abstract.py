@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
 
 from dflash_jax.cache import DrafterCache, KeyValues, Recurrence, TargetCache
 from dflash_jax.config import DrafterConfig, TargetConfig, load_config, read_json
@@ -18,7 +17,7 @@ from dflash_jax.decoding.round import DecodeState, decode_round
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
-from dflash_jax.sharding import RULES, Axis, placement, state_shardings
+from dflash_jax.sharding import RULES, AnyMesh, Axis, placement, state_shardings
 
 ProgramKind = Literal["round", "plain", "prefill"]
 DTYPE = jnp.bfloat16
@@ -53,7 +52,7 @@ class Abstract:
     rows: int  # a sequence, that the target runs in one step
     batch: int
     context: int
-    mesh: Mesh | AbstractMesh
+    mesh: AnyMesh
     weights: tuple[Leaf, ...]
     cache: tuple[Leaf, ...]
     lower: Callable[[], Any]  # to a jax.stages.Lowered
@@ -66,13 +65,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def build(
-    target: TargetConfig, drafter: DrafterConfig | None, mesh: Mesh | AbstractMesh, kind: ProgramKind, batch: int, context: int,
+    target: TargetConfig, drafter: DrafterConfig | None, mesh: AnyMesh, kind: ProgramKind, batch: int, context: int,
     width: int,
 ) -> Abstract:  # fmt: skip
-    """The program over a mesh whose devices may be compile-only ones; nothing is allocated.
+    """The program over a mesh whose devices may be compile-only ones, or none; nothing is allocated.
 
-    `round` is one `decode_round` with `width` rows; `plain` the same with one row and no drafter; `prefill` runs prompts
-    of `context` tokens. InputError for a mesh that does not divide the models.
+    `round` is one `decode_round` with `width` rows; `plain` the same with one row and no drafter; `prefill` runs
+    prompts of `context` tokens. InputError for a mesh that does not divide the models.
     """
     drafter = None if kind == "plain" else drafter
     width = 1 if kind == "plain" else width
@@ -158,4 +157,3 @@ def _leaves(tree: Any, names: tuple[str, ...]) -> Any:
         keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
         keys = [k for k in keys if k != "value"]
         yield Leaf("/".join((names[int(keys[0])], *keys[1:])), x.shape, x.sharding.shard_shape(x.shape), x.dtype)
-

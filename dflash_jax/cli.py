@@ -170,7 +170,7 @@ def _plan(options: PlanOptions) -> int:
     prepare()  # before jax is imported
     from dflash_jax.plan import Request, plan
 
-    given = dataclasses.asdict(options)
+    given: dict[str, Any] = dataclasses.asdict(options)
     as_json = given.pop("json")
     with Screen(sys.stdout) as screen:
         screen.wait("compiling, which takes minutes for a large model")

@@ -116,7 +116,7 @@ class Program:
     def _call(self, computation: str, instruction: Instruction) -> None:
         for kind, called in re.findall(r"(calls|to_apply|body|condition)=%?([\w.\-]+)", instruction.attributes):
             self.callers[called] = (computation, instruction)
-            if kind in ("to_apply", "condition") and instruction.op != "call" or instruction.op == "fusion":
+            if instruction.op == "fusion" or (kind in ("to_apply", "condition") and instruction.op != "call"):
                 self._inner.add(called)
 
     def parameters(self) -> list[Instruction]:

@@ -1,4 +1,4 @@
-"""`dflash plan`: compile a program for accelerators that are not here, and say what it will need and how fast it can be.
+"""`dflash plan`: compile a program for accelerators that are not here; what it will need, and how fast it can be.
 
 Compiled: the project's own program, sharded over the mesh, by the compiler that would run it; its memory, flops, bytes,
 collectives and temporaries are the compiler's. Computed: the roofline of `dflash_jax.roofline`. Nothing is measured.
@@ -15,7 +15,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from dflash_jax.abstract import Abstract, ProgramKind, build, read_config
+from dflash_jax.abstract import Abstract, build, read_config
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.hlo import Program, Temporary
@@ -36,7 +36,7 @@ class Request:
     drafter: str | Path | None
     topology: str
     mesh: str = ""
-    program: ProgramKind = "round"
+    program: str = "round"
     batch: int = 1
     context: int = 32768
     width: int | None = None
@@ -60,7 +60,8 @@ def plan(request: Request) -> dict[str, Any]:
     make_mesh(range(topology.num_devices), **sizes)  # refuses what cannot be, before the compiler is looked for
     mesh = make_mesh(topology.devices(), **sizes) if request.compile else _abstract_mesh(sizes)
     used = None if request.program == "plain" else drafter
-    program = build(target, used, mesh, request.program, request.batch, request.context, width)
+    kind: Any = request.program
+    program = build(target, used, mesh, kind, request.batch, request.context, width)
     parts = roofline(target, used, program, program.rows)
     whole = seconds(parts, topology)
     result: dict[str, Any] = {
@@ -112,7 +113,9 @@ def _width(request: Request, drafter: DrafterConfig | None) -> int:
     if not 1 <= width <= block:
         raise InputError(f"the width is {width}; give a whole number from 1 to {block}, the drafter's block size")
     if request.program == "round" and request.acceptance_length > width:
-        raise InputError(f"the acceptance length is {request.acceptance_length} and a round has {width} rows; give less")
+        raise InputError(
+            f"the acceptance length is {request.acceptance_length} and a round has {width} rows; give less"
+        )
     return width
 
 
@@ -134,7 +137,9 @@ def _memory(program: Abstract, topology: Topology) -> dict[str, Any]:
 
 
 def _roofline(parts: list[Part], topology: Topology, whole: float) -> dict[str, Any]:
-    rows = [asdict(p) | {"seconds": p.seconds(topology), "share": p.seconds(topology) / whole} for p in parts]
+    rows: list[dict[str, Any]] = [
+        asdict(p) | {"seconds": p.seconds(topology), "share": p.seconds(topology) / whole} for p in parts
+    ]
     drafting = sum(row["seconds"] for row in rows if row["name"].startswith("drafter"))
     total = {name: sum(row[name] for row in rows) for name in ("flops", "bytes", "sent")}
     return {"parts": rows, "seconds": whole, "drafter_share": drafting / whole, **total}

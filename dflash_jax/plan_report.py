@@ -10,8 +10,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print what `dflash_jax.plan.plan` found."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items()) or "one device"
     console.print(
-        f"{result['program']}: batch {result['batch']}, context {result['context']}, {result['rows']} rows a sequence, "
-        f"on {result['topology']} ({result['devices']} devices: {mesh})"
+        f"{result['program']}: batch {result['batch']}, context {result['context']}, "
+        f"{result['rows']} rows a sequence, on {result['topology']} ({result['devices']} devices: {mesh})"
     )
     _memory(result, console)
     _parts(result["roofline"], console)
@@ -27,13 +27,10 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def size(count: float) -> str:
     """Bytes in words."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -58,7 +55,9 @@ def _memory(result: dict[str, Any], console: Console) -> None:
 
 def _parts(roofline: dict[str, Any], console: Console) -> None:
     table = _table("Roofline of a step, a device (computed)", "part", "bytes", "GFLOP", "sent", "us", "share")
-    whole = {"name": "all", "share": 1.0} | {k: roofline[k] for k in ("bytes", "flops", "sent", "seconds")}
+    whole: dict[str, Any] = {"name": "all", "share": 1.0} | {
+        k: roofline[k] for k in ("bytes", "flops", "sent", "seconds")
+    }
     for row in [*roofline["parts"], whole]:
         cells = (size(row["bytes"]), f"{row['flops'] / 1e9:.1f}", size(row["sent"]))
         table.add_row(row["name"], *cells, f"{row['seconds'] * 1e6:.0f}", f"{row['share']:.1%}")

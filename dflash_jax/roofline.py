@@ -26,7 +26,9 @@ class Part:
     sent: float = 0.0  # bytes to other devices
 
     def seconds(self, topology: Topology) -> float:
-        return max(self.flops / topology.flops, self.bytes / topology.hbm_bandwidth) + self.sent / topology.link_bandwidth
+        return (
+            max(self.flops / topology.flops, self.bytes / topology.hbm_bandwidth) + self.sent / topology.link_bandwidth
+        )
 
 
 @dataclass(frozen=True)

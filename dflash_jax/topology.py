@@ -1,4 +1,4 @@
-"""Accelerators by name (`v5p:4x4x4`, `h100:8`): compile-only devices on a machine that has none, and published peaks."""
+"""Accelerators by name (`v5p:4x4x4`, `h100:8`): compile-only devices on any machine, and published peaks."""
 
 import importlib.util
 import math
@@ -43,7 +43,7 @@ CHIPS = {
     )
 }
 
-# What the compiler needs to know of an H100 (xla's GpuTargetConfigProto), from the CUDA device properties of an SXM5 card.
+# What the compiler needs to know of an H100 (xla's GpuTargetConfigProto): CUDA's properties of an SXM5 card.
 H100_TARGET = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -109,7 +109,9 @@ class Topology:
             return list(topologies.get_topology_desc(platform=self.chip.platform, **options).devices)
         except Exception as error:  # the plug-ins raise what they like
             reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"topology {self}: the compiler does not take it ({reason}); give another shape") from error
+            raise InputError(
+                f"topology {self}: the compiler does not take it ({reason}); give another shape"
+            ) from error
 
 
 def parse_topology(text: str) -> Topology:

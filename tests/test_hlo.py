@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Reading compiled programs: text as the TPU and GPU compilers write it, with answers worked out by hand."""
 
 import pytest

@@ -23,14 +23,14 @@ BIG = {"target": CONFIGS / "qwen3.5-397b-a17b.json", "drafter": CONFIGS / "qwen3
 
 SMALL = {  # of the family of the big one, one layer of each kind twice
     "hidden_size": 256, "head_dim": 128, "linear_num_key_heads": 4, "linear_num_value_heads": 8, "num_experts": 32,
-    "moe_intermediate_size": 128, "num_attention_heads": 4, "num_experts_per_tok": 4, "vocab_size": 8192,
+    "moe_intermediate_size": 128, "num_attention_heads": 4, "num_experts_per_tok": 4, "vocab_size": 10240,
     "shared_expert_intermediate_size": 128, "num_hidden_layers": 4, "eos_token_id": 1,
     "layer_types": ["linear_attention", "full_attention"] * 2,
 }  # fmt: skip
 SMALL_DRAFTER = {
     "hidden_size": 256, "intermediate_size": 512, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
     "num_hidden_layers": 2, "num_target_layers": 4, "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 256, "vocab_size": 8192,
+    "sliding_window": 256, "vocab_size": 10240,
     "dflash_config": {"block_size": 16, "mask_token_id": 5, "target_layer_ids": [0, 2]},
 }  # fmt: skip
 
@@ -107,7 +107,9 @@ def test_experts_are_read_when_they_are_chosen(small):
     _, many = parts_of(small, batch=64)
     program, block = parts_of(small)
     experts = sum(w.bytes for w in program.weights if "/experts/" in w.path)
-    rest = sum(w.bytes for w in program.weights if w.path.startswith("target") and ("mlp" in w.path or "post" in w.path))
+    rest = sum(
+        w.bytes for w in program.weights if w.path.startswith("target") and ("mlp" in w.path or "post" in w.path)
+    )
     rest -= experts
     assert one["experts"].bytes == pytest.approx(rest + experts * 4 / 32)
     assert block["experts"].bytes == pytest.approx(rest + experts * (1 - (1 - 4 / 32) ** 16))
