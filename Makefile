@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV312 ?= .venv312
+VENVAOT ?= .venv-aot
 BIN := $(VENV)/bin
 JOBS ?= 2
 # The torch models that tests compare with are tiny: more threads make them slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-short lint format bench bench-torch embedded clean
+.PHONY: help demo test test-short lint format bench bench-torch aot plan-docs embedded clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
 
@@ -32,11 +33,18 @@ bench: $(VENV)/.installed  ## the README's figures for the embedded pair
 bench-torch: $(VENV)/.installed-test  ## the README's figures against PyTorch
 	$(BIN)/python -m benchmarks.baselines
 
+aot: $(VENVAOT)/.installed  ## compile every kernel, and a small model's round, for TPUs and GPUs; writes docs/kernels.md
+	$(VENVAOT)/bin/python -m benchmarks.aot
+	$(VENVAOT)/bin/python -m pytest -n $(JOBS) tests/test_topology.py tests/test_plan.py
+
+plan-docs: $(VENVAOT)/.installed  ## plan Qwen3.5-397B-A17B for three topologies; writes docs/plan.md (an hour)
+	$(VENVAOT)/bin/python -m benchmarks.plan_docs
+
 embedded: $(VENV)/.installed  ## train the embedded pair again
 	$(BIN)/python -m train.embedded
 
 clean:  ## remove what the targets installed
-	rm -rf $(VENV) $(VENV312)
+	rm -rf $(VENV) $(VENV312) $(VENVAOT)
 
 # A stamp file for each set of packages; a set is installed again only when pyproject.toml is newer than its stamp.
 $(BIN)/python:
@@ -68,4 +76,12 @@ $(VENV312)/bin/python:
 
 $(VENV312)/.installed: pyproject.toml | $(VENV312)/bin/python
 	$(VENV312)/bin/python -m pip install --quiet --editable '.[test-short]'
+	@touch $@
+
+# The compilers for TPUs and GPUs, in an environment of their own: beside them jax looks for accelerators at every start.
+$(VENVAOT)/bin/python:
+	$(PYTHON) -m venv $(VENVAOT)
+
+$(VENVAOT)/.installed: pyproject.toml | $(VENVAOT)/bin/python
+	$(VENVAOT)/bin/python -m pip install --quiet --editable '.[aot,test-short]'
 	@touch $@

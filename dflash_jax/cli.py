@@ -46,16 +46,35 @@ class GenerateOptions:
     json: bool = option(False, "print one JSON object and nothing else")
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Compile a program for accelerators that are not here: what it needs, what it moves, how fast it can be."""
+
+    target: str | None = option(None, "the target's config.json, or a folder with one", metavar="PATH")
+    drafter: str | None = option(None, "the drafter's config.json, or a folder with one", metavar="PATH")
+    topology: str = option("tpu7x:2x2x2", "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2, h100:8")
+    mesh: str = option("", "sizes of data, fsdp, expert, tensor, as in expert=4,tensor=4; all on tensor if left out")
+    program: str = option("round", "round, plain (one token at a time) or prefill")
+    batch: int = option(1, "sequences", metavar="N")
+    context: int = option(32768, "tokens of context", metavar="N")
+    width: int | None = option(None, "rows a round, the anchor included; the drafter's block if left out", metavar="W")
+    acceptance_length: float = option(4.0, "tokens a round gives, for the speed-up", metavar="N")
+    compile: bool = option(True, "only compute: no temporaries, no collectives")
+    json: bool = option(False, "print one JSON object and nothing else")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 2 for input that cannot work, 130 when interrupted."""
     try:
         values = _parser().parse_args(argv)
+        if values.subcommand == "plan":
+            return _plan(read_options(PlanOptions, values.plan))
         return _generate(read_options(GenerateOptions, values.generate))
     except InputError as error:
         _report(str(error))
         return 2
     except argparse.ArgumentError as error:
-        _report(f"{_readable(str(error))}; see dflash generate --help")
+        _report(f"{_readable(str(error))}; see dflash {_command(argv)} --help")
         return 2
     except KeyboardInterrupt:
         _report("interrupted")
@@ -76,7 +95,13 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("generate", parser_for(GenerateOptions, "dflash generate"), help="complete a prompt")
+    commands.add_subcommand("plan", parser_for(PlanOptions, "dflash plan"), help="compile for accelerators by name")
     return parser
+
+
+def _command(argv: Sequence[str] | None) -> str:
+    given = sys.argv[1:] if argv is None else argv
+    return given[0] if given and given[0] in ("generate", "plan") else "generate"
 
 
 def _readable(message: str) -> str:
@@ -132,6 +157,32 @@ def _generate(options: GenerateOptions) -> int:
         if options.compare:
             screen.wait("timing plain and speculative decoding")
             screen.comparison(_compare(pair, prompt, settings))
+    return 0
+
+
+def _plan(options: PlanOptions) -> int:
+    from dflash_jax.topology import parse_topology, prepare, require_compiler
+
+    if options.target is None:
+        raise InputError("there is no target; give --target, a config.json or a folder with one")
+    if options.compile:
+        require_compiler(parse_topology(options.topology).chip)
+    prepare()  # before jax is imported
+    from dflash_jax.plan import Request, plan
+
+    given: dict[str, Any] = dataclasses.asdict(options)
+    as_json = given.pop("json")
+    with Screen(sys.stdout) as screen:
+        screen.wait("compiling, which takes minutes for a large model")
+        result = plan(Request(**given))
+    if as_json:
+        print(json.dumps(result))
+        return 0
+    from rich.console import Console
+
+    from dflash_jax.plan_report import show
+
+    show(result, Console())
     return 0
 
 

@@ -183,16 +183,17 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder that holds config.json and the safetensors files")
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     if generation.is_file():
-        stop = _read_json(generation).get("eos_token_id")
+        stop = read_json(generation).get("eos_token_id")
         if stop is not None:
             values["eos_token_id"] = stop
     return values
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. InputError if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dflash_jax.errors import InputError
 
+AnyMesh = Mesh | AbstractMesh
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -97,8 +98,8 @@ def spec(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -
     return PartitionSpec(*placed)
 
 
-def placement(axes: Sequence[Axis], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """`spec` on a mesh of devices."""
+def placement(axes: Sequence[Axis], shape: Sequence[int], mesh: AnyMesh) -> NamedSharding:
+    """`spec` on a mesh; for plans it may be one without devices."""
     return NamedSharding(mesh, spec(axes, shape, dict(mesh.shape)))
 
 
@@ -107,7 +108,7 @@ def param_axes(variable: Any, shape: Sequence[int]) -> Axes:
     return variable.get_metadata().get("axes") or (None,) * len(shape)
 
 
-def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+def state_shardings(state: nnx.State, mesh: AnyMesh) -> nnx.State:
     """The sharding of every parameter of a (possibly abstract) state, in its tree."""
 
     def place(variable: Any) -> Any:
