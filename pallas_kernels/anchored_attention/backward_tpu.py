@@ -19,7 +19,8 @@ def _write_sums(sums, targets, stage, sems, plan: Plan, at, scales) -> None:
     """Copy the fp32 sums [span, lanes] to HBM in the gradients' dtype, through two small buffers each."""
     b, k, span = at
     piece = stage.shape[2]
-    lanes = pl.ds(pl.multiple_of(k * plan.lanes, plan.lanes), plan.lanes)
+    # One group has all lanes, which may be 64: an offset in them would have to be a multiple of 128.
+    lanes = slice(None) if plan.groups == 1 else pl.ds(pl.multiple_of(k * plan.lanes, plan.lanes), plan.lanes)
 
     def copy(which: int, i: jax.Array) -> Any:
         positions = pl.ds(pl.multiple_of(span * plan.back_span + i * piece, piece), piece)
