@@ -17,7 +17,9 @@ from pallas_kernels.head_sampling import head_sampling, reference, tpu
 from tests.pallas_kernels.head_cases import draw, drawn
 from tests.pallas_kernels.test_head_sampling import equal
 
-SMALL = {"default": {"rows": 32, "tile": 128, "group": 16, "memory": 2**25}}  # many tiles, and two blocks of rows
+SMALL = {  # many tiles, and two blocks of rows
+    "default": {"rows": 32, "few_rows": 32, "tile": 128, "tile_of_many_rows": 128, "group": 16, "memory": 2**25}
+}
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -32,7 +34,7 @@ def agrees(case, **options):
     equal(simulated(case, **options), reference.sample(*case.positional, **case.static))
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(case=drawn)
 def test_equals_the_reference(case):
     agrees(case)
@@ -53,7 +55,10 @@ def test_ties_across_tiles_go_to_the_lowest_id(slots):
 
 def test_the_tiles_do_not_change_the_draw():
     case = draw(0, 40, 1024, given=2)
-    sizes = [{"default": SMALL["default"] | {"tile": tile, "rows": rows}} for tile, rows in ((128, 16), (512, 48))]
+    sizes = [
+        {"default": SMALL["default"] | {"tile": tile, "rows": rows, "few_rows": 48}}
+        for tile, rows in ((128, 16), (512, 48))
+    ]
     one, other = (simulated(case, sizes=s) for s in sizes)
     equal(one, other)
 
@@ -147,7 +152,7 @@ def _transfers(spec, shape, grid):
     return moved
 
 
-@pytest.mark.parametrize(("rows", "layout"), [(1, "dv"), (16, "vd"), (512, "dv"), (600, "dv")])
+@pytest.mark.parametrize(("rows", "layout"), [(1, "dv"), (16, "vd"), (512, "dv"), (2100, "dv")])
 @pytest.mark.parametrize(("kind", "slots", "wanted"), [("top", 1, 0), ("top", 64, 0), ("draw", 1, 16)])
 def test_what_it_moves_is_what_it_says(rows, layout, kind, slots, wanted):
     case = draw(0, rows, 5000, layout=layout, kind=kind, slots=slots, given=wanted, model=256, dtype=jnp.bfloat16)
@@ -171,7 +176,7 @@ def test_what_it_moves_is_what_it_says(rows, layout, kind, slots, wanted):
     assert seen["said"] == seen["moved"]
     weight = case.arrays["weight"].nbytes
     rows_of_all = sum(x.nbytes for x in case.positional if x is not None)
-    assert rows > 512 or weight <= seen["moved"] <= 1.15 * rows_of_all + 1024 * rows
+    assert rows > 2048 or weight <= seen["moved"] <= 1.15 * rows_of_all + 1024 * rows
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
