@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.lax import platform_dependent
 from jaxtyping import Array, Float, Int32
 
 from dflash_jax.decoding.noise import uniform
@@ -45,24 +46,36 @@ def decide(
     history: History | None,
 ) -> Accepted:
     """`accept` by the target's logits on the rows of `hidden`, of which no more are made than the settings need."""
+    requests = hidden, proposal, positions, sampling
 
-    def by_all(head: Head, hidden: Array, proposal: Proposal, positions: Array, sampling: Sampling | None) -> Accepted:
+    def by_all(hidden: Array, proposal: Proposal, positions: Array, sampling: Sampling | None) -> Accepted:
         return accept(proposal, everything(head(hidden), sampling, history, proposal.tokens), positions, sampling)
 
-    if sampling is not None and sampling.plan.whole:
-        return by_all(head, hidden, proposal, positions, sampling)
-    candidates = None if proposal.candidates is None else proposal.candidates.ids
-    shortlist = picked(head, hidden, positions, sampling, candidates)
-    accepted = accept(proposal, shortlist, positions, sampling)
-    if shortlist.spilled is None:
-        return accepted
+    def by_list(hidden: Array, proposal: Proposal, positions: Array, sampling: Sampling | None) -> Accepted:
+        candidates = None if proposal.candidates is None else proposal.candidates.ids
+        shortlist = picked(head, hidden, positions, sampling, candidates)
+        accepted = accept(proposal, shortlist, positions, sampling)
+        if shortlist.spilled is None:
+            return accepted
+        # One request at a time: this hardly ever happens, and must not reserve memory for the logits of a batch.
+        return jax.lax.cond(jnp.any(shortlist.spilled), lambda: jax.lax.map(one, requests), lambda: accepted)
 
     def one(request: tuple) -> Accepted:
-        return jax.tree.map(lambda x: x[0], by_all(head, *jax.tree.map(lambda x: x[None], request)))
+        return jax.tree.map(lambda x: x[0], by_all(*jax.tree.map(lambda x: x[None], request)))
 
-    # One request at a time: this hardly ever happens, and must not reserve memory for the logits of a batch.
-    requests = hidden, proposal, positions, sampling
-    return jax.lax.cond(jnp.any(shortlist.spilled), lambda: jax.lax.map(one, requests), lambda: accepted)
+    if sampling is not None and sampling.plan.whole:
+        return by_all(*requests)
+    if sampling is None or sampling.plan.slots or not _by_ratio(proposal, sampling):
+        return by_list(*requests)
+    # A list has the draw after every row, and only one row of each request needs it: noise for the others is cheap
+    # beside a second look at the vocabulary, but not on the CPU.
+    return platform_dependent(*requests, cpu=by_all, default=by_list)
+
+
+def _by_ratio(proposal: Proposal, sampling: Sampling | None) -> bool:
+    """Whether drafts were drawn, so that their own distribution takes part."""
+    drawn = proposal.candidates is not None and proposal.width > 1
+    return drawn and sampling is not None and sampling.plan.random
 
 
 def accept(
@@ -72,7 +85,7 @@ def accept(
 
     Row i of `shortlist` and `positions` is about the token after row i of the proposal; positions are absolute.
     """
-    if proposal.candidates is not None and proposal.width > 1 and sampling is not None and sampling.plan.random:
+    if proposal.candidates is not None and sampling is not None and _by_ratio(proposal, sampling):
         return _accept_by_ratio(proposal.tokens, proposal.candidates, shortlist, positions, sampling)
     own = shortlist.draw(positions, sampling)
     count = _prefix(proposal.tokens[:, 1:] == own[:, :-1])

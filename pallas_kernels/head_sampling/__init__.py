@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.head_sampling import reference, tpu
+from pallas_kernels.head_sampling import gpu, reference, tpu
 from pallas_kernels.head_sampling.combine import combine
 from pallas_kernels.head_sampling.reference import Layout, Projection, Samples, best, logits
 
@@ -64,6 +64,7 @@ def head_sampling(
         *arguments,
         reference=partial(reference.sample, **static),
         tpu=partial(tpu.sample, **static) if slots <= tpu.LANES else None,
+        gpu=partial(gpu.sample, **static) if gpu.takes(hidden, weight, given, keys, slots, vocab) else None,
     )
     if axis_name is None:
         return out

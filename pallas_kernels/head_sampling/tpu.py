@@ -37,14 +37,12 @@ def sample(
     interpret: Any = False,
 ) -> Samples:
     """See `reference.sample`; up to 128 slots."""
-    sizes = tuning(__file__)["default"]
-    count, (model, size) = hidden.shape[0], projection.sizes(weight)
+    count, size = hidden.shape[0], projection.sizes(weight)[1]
+    rows, tile, group, memory = _sizes(count, size)
     if weight.shape[1] % LANES and not weight.shape[0] % LANES:
         # XLA keeps such a matrix turned, because that pads less: as it is, the kernel would be given a copy.
         weight, projection = weight.T, replace(projection, layout="vd" if projection.layout == "dv" else "dv")
-    rows = min(sizes["rows"], -(-count // sizes["group"]) * sizes["group"])
-    tile = min(sizes["tile"], -(-size // LANES) * LANES)
-    padding = -count % rows
+    model, padding = hidden.shape[1], -count % rows
     warmth = None if temperature is None else temperature[:, None]
     columns = {"hidden": hidden, "wanted": given, "temperature": warmth, "keys": keys}
     # Rows of padding need a temperature that can be divided by.
@@ -55,14 +53,16 @@ def sample(
         scratch["drawn_noise"] = pltpu.VMEM((rows, 1), jnp.float32)
 
     def by_rows(array: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((rows, array.shape[1]), lambda i, j, start: (i, 0))
+        # One buffer: most calls have a single block of rows, and a second one would take the place of more rows.
+        mode = pl.Buffered(1) if array.shape[0] == rows else None
+        return pl.BlockSpec((rows, array.shape[1]), lambda i, j, start: (i, 0), pipeline_mode=mode)
 
     if projection.layout == "dv":
         tiles = pl.BlockSpec((model, tile), lambda i, j, start: (0, j))
     else:
         tiles = pl.BlockSpec((tile, model), lambda i, j, start: (j, 0))
     names = ("start", "weight", *inputs, *outputs, *scratch)
-    static = {"projection": projection, "slots": slots, "size": size, "vocab": vocab, "group": sizes["group"]}
+    static = {"projection": projection, "slots": slots, "size": size, "vocab": vocab, "group": group}
     found = pl.pallas_call(
         lambda *refs: _kernel(dict(zip(names, refs, strict=True)), **static),
         out_shape=list(outputs.values()),
@@ -73,10 +73,8 @@ def sample(
             out_specs=[by_rows(array) for array in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=sizes["memory"]
-        ),
-        cost_estimate=_cost(weight, inputs, outputs, rows, projection),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=memory),
+        cost_estimate=cost(hidden, weight, given, temperature, keys, projection=projection, slots=slots),
         interpret=interpret,
         name="head_sampling",
     )(start[None], weight, *inputs.values())
@@ -103,19 +101,31 @@ def _outputs(rows: int, slots: int, inputs: dict[str, Array]) -> dict[str, jax.S
     return {name: jax.ShapeDtypeStruct((rows, width), dtype) for name, (width, dtype) in shapes.items()}
 
 
-def _cost(
-    weight: Array, inputs: dict[str, Array], outputs: dict[str, Any], rows: int, projection: Projection
+def _sizes(count: int, size: int) -> tuple[int, int, int, int]:
+    """Rows of a block, tokens of a tile, rows of a group, and bytes of VMEM."""
+    sizes = tuning(__file__)["default"]
+    rows = min(sizes["rows"], -(-count // sizes["group"]) * sizes["group"])
+    tile = sizes["tile"] if rows <= sizes["few_rows"] else sizes["tile_of_many_rows"]
+    return rows, min(tile, -(-size // LANES) * LANES), sizes["group"], sizes["memory"]
+
+
+def cost(
+    hidden: Any, weight: Any, given: Any, temperature: Any, keys: Any, *, projection: Projection, slots: int
 ) -> pl.CostEstimate:
-    """The matrix once for every block of rows, and everything else once."""
-    model, size = projection.sizes(weight)
-    count = inputs["hidden"].shape[0]
-    once = [*inputs.values(), *outputs.values()]
-    functions = ("temperature" in inputs) + 2 * ("keys" in inputs) + (projection.soft_cap is not None)
+    """The matrix once for every block of rows, and everything else once. Takes arrays or their shapes."""
+    count, (model, size) = hidden.shape[0], projection.sizes(weight)
+    rows = _sizes(count, size)[0]
+    count += -count % rows
+    words = 2 * (1 if slots == 1 else LANES)
+    words += 0 if given is None else 2 * given.shape[1]
+    words += 0 if temperature is None else 2
+    words += 0 if keys is None else 4
+    functions = (temperature is not None) + 2 * (keys is not None) + (projection.soft_cap is not None)
+    matrix = model * size * weight.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * count * model * size,
         transcendentals=functions * count * size,
-        bytes_accessed=count // rows * weight.size * weight.dtype.itemsize
-        + sum(math.prod(array.shape) * array.dtype.itemsize for array in once),
+        bytes_accessed=count // rows * matrix + count * (model * hidden.dtype.itemsize + 4 * words),
     )
 
 

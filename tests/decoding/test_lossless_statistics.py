@@ -4,6 +4,7 @@ Requests of all settings share one batch. Their first three tokens (which span s
 distribution that the toy target's table implies, worked out token by token in float64.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from dflash_jax.decoding import acceptance, noise, sampling, shortlist
 from dflash_jax.decoding.proposal import Candidates
 from dflash_jax.decoding.sampling import Sampling
+from dflash_jax.models.head import Head
 from tests.decoding import toy
 from tests.statistics import THRESHOLD, chi_square, histogram, marginal
 
@@ -47,6 +49,11 @@ GROUPS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def as_on_accelerators(monkeypatch):
+    monkeypatch.setattr(acceptance, "platform_dependent", lambda *given, default, **_: default(*given))
+
+
 @cache
 def exact(group):
     return MODEL.exact(GROUPS[group], STEPS)
@@ -72,11 +79,14 @@ def p_values(tokens, group):
     return {chosen: chi_square(marginal(counts, chosen), marginal(exact(group), chosen)) for chosen in axes}
 
 
+# All groups in one batch need whole logits; one by one they take a short list where that is enough.
+@pytest.mark.parametrize("together", [tuple(GROUPS), ("temperature",), ("filters",)], ids=["all", "warm", "top-k"])
 @pytest.mark.parametrize(
     ("kind", "width"), [("argmax", 1), ("argmax", WIDTH), ("candidates", WIDTH), ("ragged", WIDTH)]
 )
-def test_output_has_the_distribution_of_plain_sampling(kind, width):
-    groups, rate = sample(kind, width)
+def test_output_has_the_distribution_of_plain_sampling(kind, width, together):
+    assert build(together).plan.whole == (len(together) > 1)
+    groups, rate = sample(kind, width, together)
     for group, tokens in groups.items():
         values = p_values(tokens, group)
         assert min(values.values()) > THRESHOLD, (group, values)
@@ -142,6 +152,19 @@ def _bonus_is_the_draws_of_a_row_too_late(monkeypatch):
     monkeypatch.setattr(shortlist, "adjusted", lambda logits, *rest: right(jnp.roll(logits, 1, axis=1), *rest))
 
 
+def _the_list_forgets_the_draw(monkeypatch):
+    _samples(monkeypatch, lambda out: replace(out, drawn_ids=out.ids[..., :1], drawn_logits=out.values[..., :1]))
+
+
+def _the_list_forgets_the_candidates(monkeypatch):
+    _samples(monkeypatch, lambda out: replace(out, given=None if out.given is None else out.given - jnp.inf))
+
+
+def _samples(monkeypatch, wrong):
+    right = Head.sample
+    monkeypatch.setattr(Head, "sample", lambda *given, **options: wrong(right(*given, **options)))
+
+
 def _top_p_before_top_k(monkeypatch):
     right = sampling.filtered
 
@@ -166,7 +189,9 @@ def _top_p_before_top_k(monkeypatch):
         (_row_zero_penalises_every_row, "argmax", "everything"),
         (_anchor_counts_twice, "argmax", "penalties"),
         (_noise_by_row_not_position, "argmax", "temperature"),
-        (_bonus_is_the_draws_of_a_row_too_late, "argmax", "temperature"),
+        (_bonus_is_the_draws_of_a_row_too_late, "argmax", "everything"),
+        (_the_list_forgets_the_draw, "argmax", "temperature"),
+        (_the_list_forgets_the_candidates, "candidates", "temperature"),
         (_top_p_before_top_k, "argmax", "filters"),
     ],
 )

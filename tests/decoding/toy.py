@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax.decoding import acceptance, shortlist
+from dflash_jax.decoding import acceptance
 from dflash_jax.decoding.noise import Purpose, gumbel
 from dflash_jax.decoding.proposal import Candidates, Proposal
 from dflash_jax.decoding.sampling import History, Sampling
+from dflash_jax.models.head import Head
+from pallas_kernels.head_sampling import Projection
 from tests.decoding import reference
 
 VOCAB = 8
 CHOICES = 5  # candidates a row
 PROMPT = (2, 5)
+HEAD = Head(jnp.eye(VOCAB), Projection("dv"))  # hidden rows are logits
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,7 @@ def one_round(toy: Toy, kind: str, width: int, tokens: jax.Array, length: jax.Ar
     previous = jnp.concatenate([before[:, None], proposal.tokens[:, :-1]], axis=1)
     # An absent draft gets logits of noughts, as any would do: nothing may depend on them.
     logits = jnp.where((proposal.tokens >= 0)[..., None], jnp.asarray(toy.target)[previous, proposal.tokens], 0.0)
-    following = shortlist.everything(logits, sampling, history, proposal.tokens)
-    accepted = acceptance.accept(proposal, following, positions, sampling)
+    accepted = acceptance.decide(HEAD, logits, proposal, positions, sampling, history)
     emitted = rows < accepted.count[:, None]
     places = jnp.where(emitted, positions, tokens.shape[1])
     tokens = tokens.at[each, places].set(accepted.emitted, mode="drop")
