@@ -20,7 +20,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     if speedup := result.get("speedup"):
         console.print(
             f"At {speedup['acceptance_length']:g} tokens a round: {speedup['speedup']:.2f}x plain decoding "
-            f"({speedup['plain_seconds'] * 1e3:.2f} ms a token); a round pays from {speedup['break_even']:.2f} tokens on. "
+            f"({speedup['plain_seconds'] * 1e3:.2f} ms a token); it pays from {speedup['break_even']:.2f} on. "
             "Computed from the rooflines, not measured."
         )
 

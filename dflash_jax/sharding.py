@@ -67,8 +67,10 @@ def mesh_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def check_mesh(mesh: Mesh) -> Mesh:
+def check_mesh(mesh: Any) -> Mesh:
     """The mesh with axes that the compiler partitions; InputError for axes that are not in the rules."""
+    if not isinstance(mesh, Mesh):
+        raise InputError(f"the mesh is a {type(mesh).__name__}; give a jax Mesh, such as make_mesh(expert=4, tensor=2)")
     if strange := [name for name in mesh.axis_names if name not in MESH_AXES]:
         raise InputError(f"the mesh has an axis {strange[0]}; its axes can be {', '.join(MESH_AXES)}")
     return Mesh(mesh.devices, mesh.axis_names)

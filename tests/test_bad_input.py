@@ -48,7 +48,7 @@ def test_folders_are_checked_as_they_are_loaded(tmp_path):
     refused("that of a DFlash drafter, a target is needed", load, drafter)
     refused("drafter .*/nowhere is not a folder; give a checkpoint folder", load, target, tmp_path / "nowhere")
     refused("a drafter was given without its target", load, None, drafter)
-    refused("a mesh was given", load, target, mesh=object())
+    refused("the mesh is a dict; give a jax Mesh", load, target, mesh={"tensor": 2})
     (target / "model.safetensors").write_bytes((target / "model.safetensors").read_bytes()[:-9])
     refused("model.safetensors is cut short", load, target)
     change_config(target, lambda c: c | {"model_type": "mamba"})

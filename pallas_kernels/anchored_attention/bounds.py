@@ -7,7 +7,7 @@ from jaxtyping import Array, Int
 def bounds(
     anchors: Int[Array, "B A"], *, per_step: int, rows: int, tile: int, length: int, window: int | None
 ) -> Int[Array, "4 BS"]:
-    """For each step of `per_step` blocks, in context tiles: where to begin, where tiles begin that every row sees whole,
+    """Of each step of `per_step` blocks, in context tiles: where to begin, where those begin that all rows see whole,
     where these end, and where to end.
 
     Tiles outside begin..end are neither loaded nor computed; tiles outside the inner two need no mask.

@@ -1,7 +1,7 @@
 """The training attention of published drafters at real sizes, forward and backward, for the ahead-of-time table."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -68,9 +68,6 @@ def _both(
 
 def _vjp(do: jax.Array, *arrays: jax.Array, implementation: Implementation | None, **options: Any) -> tuple:
     """Output and the five gradients."""
-    *floats, anchors = arrays
-    call: Callable[..., jax.Array] = lambda *floats: anchored_attention(  # noqa: E731
-        *floats, anchors, implementation=implementation, **options
-    )
-    out, pull = jax.vjp(call, *floats)
+    call = functools.partial(anchored_attention, anchors=arrays[-1], implementation=implementation, **options)
+    out, pull = jax.vjp(call, *arrays[:-1])
     return out, *pull(do)

@@ -61,7 +61,9 @@ def _attend_forward(*arguments):
 
 
 def _attend_backward(causal, window, scale, interpret, saved, do):
-    return *gradients(*saved, do, causal=causal, window=window, scale=scale), None
+    q, ctx_k, ctx_v, blk_k, blk_v, anchors = saved
+    options = {"causal": causal, "window": window, "scale": scale}
+    return *gradients(q, ctx_k, ctx_v, blk_k, blk_v, anchors, do, **options), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -242,7 +244,7 @@ def _scores(q: Any, keys: Any, interpreted: bool) -> Array:
     return pl.run_scoped(product, plgpu.ACC((q.shape[0], keys.shape[0]), jnp.float32))
 
 
-def _add_product(acc: Array, weights: Array, values: Any, interpreted: bool) -> Array:
+def _add_product(acc: Array, weights: Array, values: Any, interpreted: bool) -> Any:
     if interpreted:
         return acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
     return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))

@@ -1,6 +1,5 @@
 """Sizes of the TPU kernels: how rows are folded and tiled, what stays in VMEM, and the bytes that move for it."""
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -116,9 +115,7 @@ class Plan:
         return int(2 * rows * self.lanes * (reach * (1 - reach / (2 * T)) + self.own))
 
 
-def make_plan(
-    shape: tuple[int, int, int, int, int], kv_heads: int, context: int, item: int, tiles: Tiles | None = None
-) -> Plan:
+def make_plan(shape: tuple[int, ...], kv_heads: int, context: int, item: int, tiles: Tiles | None = None) -> Plan:
     """The plan for queries [B A W N H] of `item` bytes a number."""
     tiles = tiles or Tiles.tuned()
     B, A, real_rows, N, H = shape
@@ -128,9 +125,9 @@ def make_plan(
     elif H % LANES and not (H == LANES // 2 and kv_heads == 1):
         H = _up(H, LANES)
     heads = packed * queries
-    rows = next(
-        w for w in itertools.count(real_rows) if _granule(w, heads) * w * heads <= MOST_ROWS or w % SUBLANES == 0
-    )
+    rows = real_rows
+    while _granule(rows, heads) * rows * heads > MOST_ROWS and rows % SUBLANES:
+        rows += 1
     granule = _granule(rows, heads)
     tile_anchors = granule * max(1, tiles.rows // (granule * rows * heads))
     tile_anchors = min(tile_anchors, _up(A, granule))

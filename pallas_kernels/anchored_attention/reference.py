@@ -43,13 +43,28 @@ def anchored_attention(
 
     Row w of block a stands at position `anchors[b, a] + w`; a window counts the query itself.
     """
+    seen = context_mask(anchors, q.shape[2], ctx_k.shape[1], window), block_mask(q.shape[2], causal, window)
+    return masked_attention(q, ctx_k, ctx_v, blk_k, blk_v, *seen, scale)
+
+
+def masked_attention(
+    q: Float[Array, "B A W N H"],
+    ctx_k: Float[Array, "B T K H"],
+    ctx_v: Float[Array, "B T K H"],
+    blk_k: Float[Array, "B A W K H"],
+    blk_v: Float[Array, "B A W K H"],
+    context_seen: Bool[Array, "B A W T"],
+    own_seen: Bool[Array, "W W"],
+    scale: float,
+) -> Float[Array, "B A W N H"]:
+    """As `anchored_attention`, for any masks."""
     B, A, W, N, H = q.shape
     K, T = blk_k.shape[3], ctx_k.shape[1]
     grouped = q.reshape(B, A, W, K, N // K, H)
     context = jnp.einsum("bawkgh,btkh->bkgawt", grouped, ctx_k, preferred_element_type=jnp.float32)
     own = jnp.einsum("bawkgh,bavkh->bkgawv", grouped, blk_k, preferred_element_type=jnp.float32)
-    context = jnp.where(context_mask(anchors, W, T, window)[:, None, None], context * scale, HIDDEN)
-    own = jnp.where(block_mask(W, causal, window), own * scale, HIDDEN)
+    context = jnp.where(context_seen[:, None, None], context * scale, HIDDEN)
+    own = jnp.where(own_seen, own * scale, HIDDEN)
     weights = jax.nn.softmax(jnp.concatenate([context, own], -1), -1).astype(q.dtype)
     from_context = jnp.einsum("bkgawt,btkh->bawkgh", weights[..., :T], ctx_v, preferred_element_type=jnp.float32)
     from_own = jnp.einsum("bkgawv,bavkh->bawkgh", weights[..., T:], blk_v, preferred_element_type=jnp.float32)

@@ -77,9 +77,8 @@ def test_forward_and_gradients(name):
         problem, _ = PROBLEMS[name]
         count = problem.batch * problem.anchors
         # Anchors in any order; none, all of the context, and beyond it.
-        place = st.one_of(
-            st.integers(0, problem.context), st.sampled_from([0, 1, problem.context, problem.context + 9])
-        )
+        T = problem.context
+        place = st.one_of(st.integers(0, T), st.sampled_from([0, 1, T, T + 9]))
         anchors = np.array(data.draw(st.lists(place, min_size=count, max_size=count))).reshape(problem.batch, -1)
         check(name, np.sort(anchors) if data.draw(st.booleans()) else anchors, data.draw(st.integers(0, 9)))
 
@@ -128,7 +127,8 @@ FAULTS = {
     "missing wait": (pltpu, "make_async_copy", Forgetful, "whole context", True),
     "skipped tile": (
         forward_tpu.Step, "each_tile",
-        lambda self, *a: EACH_TILE(self._replace(tiles=(*self.tiles[:3], self.tiles[3] - 1)), *a), "whole context", False,
+        lambda self, *a: EACH_TILE(self._replace(tiles=(*self.tiles[:3], self.tiles[3] - 1)), *a),
+        "whole context", False,
     ),
     "anchor visible": (
         forward_tpu, "reach", lambda *a: (REACH(*a)[0] + 1, REACH(*a)[1]), "whole context", False,
