@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,26 @@ CELLS = [
 
 
 def main() -> int:
-    """Plan and write."""
+    """Plan, and write the document after every plan."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="plan only what docs/plans does not have")
-    parser.add_argument("--no-compile", action="store_true", help="of what is missing, compute only")
+    parser.add_argument("--keep", action="store_true", help="plan only what docs/plans does not have compiled")
+    parser.add_argument("--no-compile", action="store_true", help="compute only")
     given = parser.parse_args()
     (DOCS / "plans").mkdir(parents=True, exist_ok=True)
-    missing = [cell for cell in CELLS if not (given.keep and cell.file.is_file())]
+    missing = [cell for cell in CELLS if not (given.keep and finished(cell))]
+    done = []
     with ThreadPoolExecutor(PROCESSES) as pool:
-        done = list(pool.map(lambda cell: run(cell, not given.no_compile), missing))
-    document = DOCS / "plan.md"
-    document.write_text("\n".join(lines([json.loads(cell.file.read_text()) for cell in CELLS])) + "\n")
+        for ended in as_completed([pool.submit(run, cell, not given.no_compile) for cell in missing]):
+            done.append(ended.result())
+            plans = [(cell, json.loads(cell.file.read_text())) for cell in CELLS if cell.file.is_file()]
+            (DOCS / "plan.md").write_text("\n".join(lines(plans)) + "\n")
     return 0 if all(done) else 1
+
+
+def finished(cell: Cell) -> bool:
+    """Whether there is a plan of it that says all that a compiler could."""
+    found = json.loads(cell.file.read_text()) if cell.file.is_file() else None
+    return found is not None and (found["compiled"] is not None or not found["memory"]["fits"])
 
 
 def run(cell: Cell, compile_it: bool) -> bool:
@@ -76,7 +84,7 @@ def run(cell: Cell, compile_it: bool) -> bool:
         ended = subprocess.run([*command, *extra], capture_output=True, text=True, cwd=DOCS.parent, check=False)
         print(f"{' '.join(cell.arguments)} {' '.join(extra)}: {time.perf_counter() - start:.0f} s", flush=True)
         if ended.returncode == 0:
-            cell.file.write_text(ended.stdout)
+            cell.file.write_text(json.dumps(json.loads(ended.stdout), indent=1) + "\n")
             return not (compile_it and extra)
         print(ended.stderr.strip()[-2000:], flush=True)
     return False
@@ -101,7 +109,7 @@ be as long as the rest.
 """
 
 
-def lines(plans: list[dict[str, Any]]) -> Iterator[str]:
+def lines(plans: list[tuple[Cell, dict[str, Any]]]) -> Iterator[str]:
     """The document."""
     yield HEAD
     yield "## Summary\n"
@@ -110,12 +118,12 @@ def lines(plans: list[dict[str, Any]]) -> Iterator[str]:
     )
     yield f"| {columns} |"
     yield "|---|---|" + "---:|" * 9
-    for p in plans:
+    for _, p in plans:
         yield _summary(p)
     yield "\n`memory`: arguments and temporaries where compiled, else arguments."
     yield "`drafter`: share of the round's roofline time, its head included."
     yield "`pays from`: tokens a round from which on a round is faster than plain decoding."
-    for p, cell in zip(plans, CELLS, strict=True):
+    for cell, p in plans:
         yield from _details(p, cell)
 
 

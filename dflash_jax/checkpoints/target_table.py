@@ -117,7 +117,7 @@ def _mlp(c: TargetConfig, layer: int, path: str, key: str) -> list[Leaf]:
 
 def _by_expert(moe: MoeConfig) -> Callable[[np.ndarray], np.ndarray]:
     """From the experts' gate_up leaf to its view [E, in, 2, F] (see `DenseExperts`)."""
-    return (lambda leaf: leaf.swapaxes(0, 1)) if moe.dense else (lambda leaf: leaf)
+    return lambda leaf: leaf.swapaxes(0, 1) if moe.dense else leaf.swapaxes(1, 2)
 
 
 def _experts(c: TargetConfig, path: str, key: str) -> list[Leaf]:

@@ -17,7 +17,7 @@ from dflash_jax.config import DrafterConfig
 from dflash_jax.models.attention import sharded_attention
 from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation
-from dflash_jax.sharding import kv_copies
+from dflash_jax.sharding import kv_copies, shards
 from pallas_kernels.head_sampling import Projection
 
 
@@ -177,6 +177,9 @@ class StackedKeyValues(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "L B T 2 KH"]:
         kernel = self.kernel[...].astype(x.dtype)
         layers, dim = kernel.shape[:2]
+        if shards("kv_heads") > 1:  # joining keys and values would join what is on several devices
+            out = jnp.einsum("btd,ldcw->lbtcw", x, kernel)
+            return out if self.bias is None else out + self.bias[...].astype(x.dtype)[:, None, None]
         # One batched product. Without the barrier XLA turns the kernels round in every call to make a plain one of it.
         rows = jax.lax.optimization_barrier(
             jnp.broadcast_to(x.reshape(-1, dim), (layers, x.shape[0] * x.shape[1], dim))

@@ -11,7 +11,7 @@ from dflash_jax.config import MoeConfig
 from dflash_jax.models.layers import MLP, linear, swiglu
 from dflash_jax.sharding import per_shard, position, total
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_pair
 
 
 def clamped_swiglu(gate: Array, up: Array, limit: float) -> Array:
@@ -27,15 +27,19 @@ def activate(moe: MoeConfig, h: Float[Array, "... 2 F"]) -> Float[Array, "... F"
 
 
 class Experts(nnx.Module):
-    """E expert MLPs in stacked arrays [E, in, out]; of few (see `DenseExperts`) gate_up is [in, E, 2, F]."""
+    """E expert MLPs in stacked arrays: gate_up [E, 2, in, F], down [E, F, out].
+
+    Accelerators tile the last two axes: [E, in, 2, F] had to be copied whole before every product.
+    Of few experts (see `DenseExperts`) gate_up is [in, E, 2, F].
+    """
 
     def __init__(self, dim: int, moe: MoeConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.moe = moe
         init, E, F = nnx.initializers.normal(0.02), moe.num_experts, moe.intermediate_size
-        leading = (dim, E) if moe.dense else (E, dim)
-        into = ("embed", "experts") if moe.dense else ("experts", "embed")
-        axes = (*into, None, "mlp"), ("experts", "mlp", "embed"), ("experts", None, "mlp"), ("experts", None)
-        self.gate_up = nnx.Param(init(rngs.params(), (*leading, 2, F), dtype), axes=axes[0])
+        leading = (dim, E, 2) if moe.dense else (E, 2, dim)
+        into = ("embed", "experts", None) if moe.dense else ("experts", None, "embed")
+        axes = (*into, "mlp"), ("experts", "mlp", "embed"), ("experts", None, "mlp"), ("experts", None)
+        self.gate_up = nnx.Param(init(rngs.params(), (*leading, F), dtype), axes=axes[0])
         self.down = nnx.Param(init(rngs.params(), (E, F, dim), dtype), axes=axes[1])
         self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), dtype), axes=axes[2]) if moe.bias else None
         self.down_bias = nnx.Param(jnp.zeros((E, dim), dtype), axes=axes[3]) if moe.bias else None
@@ -82,10 +86,7 @@ class Experts(nnx.Module):
     ) -> Array:
         """Each row's own expert matrices, gathered."""
         chosen = jnp.where(here, chosen, 0)
-        kernel = gate_up[chosen].astype(x.dtype)  # [R k D 2 F]
-        h = jnp.matmul(x[:, None, None], kernel.reshape(*kernel.shape[:-2], -1)).reshape(
-            *chosen.shape, *kernel.shape[-2:]
-        )
+        h = jnp.matmul(x[:, None, None, None], gate_up[chosen].astype(x.dtype))[..., 0, :]  # [R k 2 F]
         h = h if bias is None else h + bias[chosen].astype(x.dtype)
         y = jnp.matmul(activate(self.moe, h)[:, :, None], down[chosen].astype(x.dtype))[:, :, 0]
         y = y if after is None else y + after[chosen].astype(x.dtype)
@@ -99,8 +100,7 @@ class Experts(nnx.Module):
         flat = jnp.where(here, chosen, E).reshape(-1)
         order = jnp.argsort(flat)
         expert, sizes = flat[order], jnp.bincount(flat, length=E)
-        h = grouped_matmul(x[order // k], gate_up.reshape(*gate_up.shape[:2], -1).astype(x.dtype), sizes)
-        h = h.reshape(-1, *gate_up.shape[2:])
+        h = grouped_pair(x[order // k], gate_up.astype(x.dtype), sizes)
         h = h if bias is None else h + bias[jnp.minimum(expert, E - 1)].astype(x.dtype)
         y = grouped_matmul(activate(self.moe, h), down.astype(x.dtype), sizes)
         y = y if after is None else y + after[jnp.minimum(expert, E - 1)].astype(x.dtype)

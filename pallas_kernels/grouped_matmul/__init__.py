@@ -1,5 +1,6 @@
 """Rows grouped by expert, one product a group: kept libraries, chosen by platform."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -26,6 +27,37 @@ def grouped_matmul(
         implementation, rows, kernels, sizes.astype(jnp.int32),
         reference=jax.lax.ragged_dot, tpu=_megablox if tiles else None, gpu=_tokamax(),
     )  # fmt: skip
+
+
+def grouped_pair(
+    rows: Float[Array, "R D"],
+    kernels: Float[Array, "E 2 D F"],
+    sizes: Int[Array, "E"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "R 2 F"]:
+    """Both kernels of every group, as `grouped_matmul`, without a copy of the kernels on accelerators.
+
+    There they are a list of 2 E kernels, of which each product finds every other one without rows, and passes over it.
+    """
+    tiles = all(size % 128 == 0 for size in kernels.shape[2:])
+    library = _tokamax()
+
+    def both(product: Callable[[Array, Array, Array], Array], rows: Array, kernels: Array, sizes: Array) -> Array:
+        listed, none = kernels.reshape(-1, *kernels.shape[2:]), jnp.zeros_like(sizes)
+        counts = (jnp.stack(pair, 1).reshape(-1) for pair in ((sizes, none), (none, sizes)))
+        return jnp.stack([product(rows, listed, count) for count in counts], 1)
+
+    return dispatch(
+        implementation, rows, kernels, sizes.astype(jnp.int32), reference=_one_product,
+        tpu=partial(both, _megablox) if tiles else None, gpu=None if library is None else partial(both, library),
+    )  # fmt: skip
+
+
+def _one_product(rows: Array, kernels: Array, sizes: Array) -> Array:
+    E, _, D, F = kernels.shape
+    side_by_side = kernels.swapaxes(1, 2).reshape(E, D, 2 * F)
+    return jax.lax.ragged_dot(rows, side_by_side, sizes).reshape(-1, 2, F)
 
 
 def _megablox(rows: Array, kernels: Array, sizes: Array) -> Array:
