@@ -90,7 +90,7 @@ def compile_all(job: tuple[str, str]) -> tuple[tuple[str, str], list[Result], fl
 
 
 def compile_case(folder: str, case: Any, topology: Topology, device: Any) -> Result:
-    """Compile the platform's own implementation of a case for one device; the reference, where it is that, is lowered."""
+    """Compile a case for one device as the platform has it; where that is the reference, it is only lowered."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -139,7 +139,8 @@ proven here: the kernels count their shared memory themselves.
 **Columns.** `must move`: bytes that any implementation reads or writes (weights, keys, values and state once).
 `moved`: what the TPU kernel moves, as in its cost estimate (tests count its transfers), as a multiple of that. `us`:
 the least time on a device at published peaks, bytes or products, whichever takes longer (tpu7x: one of a chip's two
-devices). `ref`: no kernel takes the case on that chip, so the reference would run, which was only lowered; a dash: it failed.
+devices). `ref`: no kernel takes the case on that chip, so the reference would run, which was only lowered; a dash: it
+failed.
 """
 
 
