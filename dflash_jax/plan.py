@@ -255,10 +255,12 @@ def _vocabulary(hlo: Program, program: Abstract, target: TargetConfig) -> list[T
     ways = math.prod(shape[axis] for axis in RULES["vocab"])
     sequences = program.batch // math.prod(shape[axis] for axis in RULES["batch"])
     rows = max(2, sequences * max(1, program.rows - 1))
-    vocabulary = {target.vocab_size, target.vocab_size // ways}
+    vocabulary, cached = {target.vocab_size, target.vocab_size // ways}, {leaf.local for leaf in program.cache}
 
     def is_logits(dims: tuple[int, ...]) -> bool:
         others = [d for d in dims if d not in vocabulary]
+        if dims in cached:  # the context can be as long as a part of the vocabulary
+            return False
         return len(others) < len(dims) and target.hidden_size not in dims and math.prod(others) >= rows
 
     return [t for t in hlo.temporaries() if is_logits(t.shape.dims) and not t.of_weight]
