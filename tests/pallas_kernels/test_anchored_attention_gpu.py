@@ -19,7 +19,7 @@ PROBLEMS = {
         [[190, 0, 97, *range(10, 16)]],
     ),
     "two KV heads": (Problem(1, 2, 64, 2, 2, 64, 150, False, None, "bfloat16"), [[64, 200]]),
-    "wide head": (Problem(1, 2, 64, 1, 1, 256, 80, False, None, "bfloat16"), [[70, 66]]),
+    "wide head, short window": (Problem(1, 2, 64, 1, 1, 256, 80, True, 30, "bfloat16"), [[70, 66]]),
 }
 
 

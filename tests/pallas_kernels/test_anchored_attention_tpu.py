@@ -22,7 +22,7 @@ SMALL = Tiles(rows=128, context=32, resident=48 * MIB, limit=60 * MIB)
 PIECES = Tiles(rows=128, context=16, resident=64 << 10, limit=60 * MIB)  # the context in several spans
 
 PROBLEMS = {
-    "two heads of 64 side by side, window": (Problem(2, 5, 16, 4, 2, 64, 75, True, 20), SMALL),
+    "two heads of 64 side by side, window": (Problem(2, 5, 16, 4, 2, 64, 75, True, 11), SMALL),
     "whole context": (Problem(1, 11, 4, 8, 1, 128, 100, False, None), SMALL),
     "spans": (Problem(1, 9, 16, 2, 1, 128, 96, True, 40), PIECES),
     "block of 10, bf16": (Problem(1, 5, 10, 8, 1, 64, 70, False, None, "bfloat16"), SMALL),
