@@ -6,13 +6,14 @@ bytes that any implementation has to move.
 
 import argparse
 import importlib
+import json
 import multiprocessing
 import pkgutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,41 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--kernel", action="append", help="only this one, and no document; may be repeated")
     arguments.add_argument("--topology", action="append", help="only this one, and no document; may be repeated")
+    arguments.add_argument("--keep", action="store_true", help="go on from docs/kernels.json, what was compiled before")
     given = arguments.parse_args()
     for name in given.topology or TOPOLOGIES:
         require_compiler(parse_topology(name).chip)
     jobs = [(kernel, name) for kernel in given.kernel or kernels() for name in given.topology or TOPOLOGIES]
     start = time.perf_counter()
-    results: list[Result] = []
+    whole = not given.kernel and not given.topology
+    results = stored() if given.keep else []
+    there = {(r.folder, r.topology) for r in results}
+    jobs = [job for job in jobs if job not in there]
     with multiprocessing.get_context("spawn").Pool(PROCESSES, maxtasksperchild=1) as pool:
         for (kernel, name), found, seconds in pool.imap_unordered(compile_all, jobs):
             own = sum(result.kernel for result in found)
             print(f"{kernel} for {name}: {len(found)} cases, {own} as a kernel, {seconds:.0f} s", flush=True)
             results += found
+            if whole:
+                write(results)
     print(f"{time.perf_counter() - start:.0f} s in all")
-    if not given.kernel and not given.topology:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text("\n".join(document(results)) + "\n", encoding="utf-8")
     failed = failures(results)
     print("\n".join(failed) or "all compiled")
     return 1 if failed else 0
+
+
+def stored() -> list[Result]:
+    """What was compiled before."""
+    file = DOCUMENT.with_suffix(".json")
+    return [Result(**values) for values in json.loads(file.read_text())] if file.is_file() else []
+
+
+def write(results: list[Result]) -> None:
+    """The document, and what it is made of."""
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    rows = ",\n".join(json.dumps(asdict(result)) for result in results)
+    DOCUMENT.with_suffix(".json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    DOCUMENT.write_text("\n".join(document(results)) + "\n", encoding="utf-8")
 
 
 def kernels() -> list[str]:
@@ -140,7 +158,7 @@ proven here: the kernels count their shared memory themselves.
 `moved`: what the TPU kernel moves, as in its cost estimate (tests count its transfers), as a multiple of that. `us`:
 the least time on a device at published peaks, bytes or products, whichever takes longer (tpu7x: one of a chip's two
 devices). `ref`: no kernel takes the case on that chip, so the reference would run, which was only lowered; a dash: it
-failed.
+failed, or was not compiled yet.
 """
 
 
