@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from dflash_jax.abstract import Abstract, build, read_config
 from dflash_jax.config import DrafterConfig, TargetConfig
@@ -104,7 +104,8 @@ def _check(request: Request) -> None:
 
 def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     """A mesh without devices: enough to compute with, and it needs no compiler."""
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _width(request: Request, drafter: DrafterConfig | None) -> int:

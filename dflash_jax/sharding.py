@@ -53,7 +53,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
             f"a mesh of {given or 'one device'} has {math.prod(shape)} devices and there are {len(devices)}; "
             "give sizes with that product"
         )
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+    return _auto(np.asarray(devices).reshape(shape), MESH_AXES)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -73,7 +73,12 @@ def check_mesh(mesh: Any) -> Mesh:
         raise InputError(f"the mesh is a {type(mesh).__name__}; give a jax Mesh, such as make_mesh(expert=4, tensor=2)")
     if strange := [name for name in mesh.axis_names if name not in MESH_AXES]:
         raise InputError(f"the mesh has an axis {strange[0]}; its axes can be {', '.join(MESH_AXES)}")
-    return Mesh(mesh.devices, mesh.axis_names)
+    return _auto(mesh.devices, mesh.axis_names)
+
+
+def _auto(devices: np.ndarray, names: Sequence[str]) -> Mesh:
+    """A mesh whose axes the compiler partitions; newer versions of jax make other ones by default."""
+    return Mesh(devices, tuple(names), axis_types=(AxisType.Auto,) * len(names))  # pyrefly: ignore
 
 
 def spec(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
