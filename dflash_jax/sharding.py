@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dflash_jax.errors import InputError
 
@@ -78,7 +78,7 @@ def check_mesh(mesh: Any) -> Mesh:
 
 def _auto(devices: np.ndarray, names: Sequence[str]) -> Mesh:
     """A mesh whose axes the compiler partitions; newer versions of jax make other ones by default."""
-    return Mesh(devices, tuple(names), axis_types=(AxisType.Auto,) * len(names))  # pyrefly: ignore
+    return Mesh(devices, tuple(names), axis_types=(AxisType.Auto,) * len(names))
 
 
 def spec(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
