@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -81,6 +82,10 @@ def _auto(devices: np.ndarray, names: Sequence[str]) -> Mesh:
     return Mesh(devices, tuple(names), axis_types=(AxisType.Auto,) * len(names))
 
 
+def _spread(name: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(axis for axis in RULES[name] if sizes.get(axis, 1) > 1)
+
+
 def spec(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
     """Where the axes of an array go on a mesh with axes of these sizes.
 
@@ -91,7 +96,7 @@ def spec(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -
     placed, used = [], set()
     for axis, length in zip(axes, shape, strict=True):
         name, count = axis if isinstance(axis, tuple) else (axis, length)
-        on = () if name is None else tuple(a for a in RULES[name] if sizes.get(a, 1) > 1)
+        on = () if name is None else _spread(name, sizes)
         ways = math.prod(sizes[a] for a in on)
         if name == "kv_heads" and ways > count and ways % count == 0:
             on, ways = (), 1
@@ -137,6 +142,12 @@ def shards(name: str) -> int:
     return math.prod(sizes.get(axis, 1) for axis in RULES[name])
 
 
+def with_copies(rows: jax.Array) -> jax.Array:
+    """Rows [B, W, K, H] of keys or values with `kv_copies` of each head, as a cache holds them."""
+    copies = kv_copies(rows.shape[2])
+    return rows if copies == 1 else jnp.repeat(rows, copies, axis=2)
+
+
 def kv_copies(heads: int) -> int:
     """How many copies of each KV head a cache holds, so that each shard of the query heads has its own."""
     ways = shards("kv_heads")
@@ -179,13 +190,13 @@ def per_shard(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Any
 
 def _names(axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """`spec` of an array whose shape is not known yet, that of a shard's result."""
-    on = [() if name is None else tuple(a for a in RULES[name] if sizes.get(a, 1) > 1) for name in axes]
+    on = [() if name is None else _spread(name, sizes) for name in axes]
     return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in on))
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
     """The axes of the context's mesh that a logical axis is spread over, none where it is whole."""
-    return tuple(axis for axis in RULES[name] if _sizes().get(axis, 1) > 1)
+    return _spread(name, _sizes())
 
 
 def position(name: str) -> jax.Array | int:

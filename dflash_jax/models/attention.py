@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.cache import KeyValues
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.layers import RMSNorm, Rotation, linear, rotate
-from dflash_jax.sharding import kv_copies, per_shard
+from dflash_jax.sharding import per_shard, with_copies
 from pallas_kernels.block_attention import block_attention
 
 
@@ -29,8 +29,7 @@ def sharded_attention(
 
     Where there are fewer KV heads than the axis is long, each is copied, so that a shard has just the one it needs.
     """
-    copies = kv_copies(k.shape[2])
-    k, v = (x if copies == 1 else jnp.repeat(x, copies, axis=2) for x in (k, v))
+    k, v = with_copies(k), with_copies(v)
 
     def attend(q: Array, keys: Array, values: Array, k: Array, v: Array, lengths: Array, sinks: Array | None) -> Any:
         return block_attention(q, keys, values, k, v, lengths, sinks=sinks, **options)

@@ -17,7 +17,7 @@ from dflash_jax.config import DrafterConfig
 from dflash_jax.models.attention import sharded_attention
 from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation
-from dflash_jax.sharding import kv_copies, shards
+from dflash_jax.sharding import shards, with_copies
 from pallas_kernels.head_sampling import Projection
 
 
@@ -112,15 +112,13 @@ class Drafter(nnx.Module):
         """Keys and values of T context positions from `lengths[b]` on, for every layer, from one stacked product."""
         c = self.config
         B, T, _ = taps.shape
-        copies = kv_copies(c.num_kv_heads)
         features = self.hidden_norm(self.fc(taps.astype(self.fc.kernel.dtype)))
         turn = rotation(lengths[:, None] + jnp.arange(T), c.rope, features.dtype)
         keys_values = self.kv_proj(features).reshape(c.num_layers, B, T, 2, c.num_kv_heads, c.head_dim)
 
         def of_layer(layer: DrafterLayer, kv: Array) -> KeyValues:
             k, v = rotate(layer.attention.k_norm(kv[:, :, 0]), turn), kv[:, :, 1]
-            k, v = (x if copies == 1 else jnp.repeat(x, copies, axis=2) for x in (k, v))
-            return KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            return KeyValues(with_copies(k).swapaxes(1, 2), with_copies(v).swapaxes(1, 2))
 
         return tuple(of_layer(layer, kv) for layer, kv in zip(self.layers, keys_values, strict=True))
 
