@@ -99,7 +99,7 @@ tokens. Everything is of one *device*: a chip, or half a chip on tpu7x.
 
 **Compiled**: one round of the project (propose, verify, accept, commit; whole model, sharded) by the compiler of that
 chip. Its memory, flops, bytes accessed, collectives and temporaries are the compiler's figures. Its bytes accessed
-count what jax's grouped product states for itself, the matrices of all experts, where it reads those of the chosen.
+count, it seems, the matrices of all experts, as jax's grouped product states, where it reads those of the chosen.
 
 **Computed**: weights and cache bytes from shapes and shardings; the roofline from these, the published peaks and the
 assumption that every row chooses its experts by itself and uniformly (rows of one block choose alike in practice,
