@@ -13,15 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import AbstractMesh, AxisType
-
 from dflash_jax.abstract import Abstract, build, read_config
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.hlo import Program, Temporary
 from dflash_jax.pair import check_fit
 from dflash_jax.roofline import Part, mixer_name, mlp_name, roofline, seconds
-from dflash_jax.sharding import MESH_AXES, RULES, make_mesh, mesh_sizes
+from dflash_jax.sharding import RULES, abstract_mesh, make_mesh, mesh_sizes
 from dflash_jax.topology import Topology, parse_topology
 
 KINDS = ("round", "plain", "prefill")
@@ -58,7 +56,7 @@ def plan(request: Request) -> dict[str, Any]:
     width = _width(request, drafter)
     sizes = mesh_sizes(request.mesh) or {"tensor": topology.num_devices}
     make_mesh(range(topology.num_devices), **sizes)  # refuses what cannot be, before the compiler is looked for
-    mesh = make_mesh(topology.devices(), **sizes) if request.compile else _abstract_mesh(sizes)
+    mesh = make_mesh(topology.devices(), **sizes) if request.compile else abstract_mesh(**sizes)
     used = None if request.program == "plain" else drafter
     kind: Any = request.program
     program = build(target, used, mesh, kind, request.batch, request.context, width)
@@ -100,12 +98,6 @@ def _check(request: Request) -> None:
         raise InputError(f"the acceptance length is {request.acceptance_length}; a round gives at least 1 token")
     if request.program == "round" and request.drafter is None:
         raise InputError("a round needs a drafter; give --drafter, or --program plain")
-
-
-def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh without devices: enough to compute with, and it needs no compiler."""
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _width(request: Request, drafter: DrafterConfig | None) -> int:

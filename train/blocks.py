@@ -29,9 +29,8 @@ def block_hidden(
 
     def attend(i: int, h: Float[Array, "B A W D"]) -> Float[Array, "B A W NH"]:
         q, k, v = drafter.heads(i, h)
-        ctx_k, ctx_v = context[i].keys.swapaxes(1, 2), context[i].values.swapaxes(1, 2)
         out = anchored_attention(
-            turned(q), ctx_k, ctx_v, turned(k), v, anchors,
+            turned(q), *context[i], turned(k), v, anchors,
             causal=c.causal[i], window=drafter.window(i), scale=c.head_dim**-0.5,
         )  # fmt: skip
         return out.reshape(B, A, W, -1)

@@ -72,13 +72,13 @@ def attend(
 ) -> tuple[Float[Array, "B W N H"], Float[Array, "P K S H"], Float[Array, "P K S H"]]:
     """The definition of `block_attention`: place the rows behind the committed ones, attend once."""
     packed = keys.shape[3] // q.shape[3]
-    if packed > 1:
-        q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
+    q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
     B, W = q.shape[:2]
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
     if not keys.shape[2]:
         seen = visible(jnp.zeros(B, jnp.int32), W, W, causal, window, mask, depths)
-        return _softmax(q, *own, seen, scale, soft_cap, sinks), keys, values
+        out = _softmax(q, *own, seen, scale, soft_cap, sinks)
+        return one_head(out, keys.shape[1], packed), keys, values
 
     def place(cache: Array, rows: Array) -> Array:
         dense = cache if page_table is None else gather_pages(cache, page_table, lengths, W)
@@ -86,9 +86,7 @@ def attend(
 
     all_keys, all_values = place(keys, own[0]), place(values, own[1])
     seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
-    out = _softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks)
-    if packed > 1:
-        out = one_head(out, keys.shape[1], packed)
+    out = one_head(_softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks), keys.shape[1], packed)
     if not write:
         return out, keys, values
     if page_table is None:
@@ -99,6 +97,8 @@ def attend(
 
 def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
     """The same attention with fewer, longer key heads: a query is zero where the other heads' numbers lie."""
+    if packed == 1:
+        return q, block_keys, block_values
     (B, W, N, H), K = q.shape, block_keys.shape[2] // packed
     apart = q.reshape(B, W, K, packed, N // K // packed, 1, H)
     own = jnp.eye(packed, dtype=bool)[:, None, :, None]
@@ -108,6 +108,8 @@ def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) 
 
 def one_head(out: Array, kv_heads: int, packed: int) -> Array:
     """Of each query head's output the numbers of its own key head."""
+    if packed == 1:
+        return out
     B, W, N, H = out.shape
     out = out.reshape(B, W, kv_heads, packed, N // kv_heads // packed, packed, H // packed)
     return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)
