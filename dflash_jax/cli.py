@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 2 for input that cannot work, 130 when interrupted."""
     try:
         values = _parser().parse_args(argv)
+        if values.subcommand == "train":
+            return _train(values.train)
         if values.subcommand == "plan":
             return _plan(read_options(PlanOptions, values.plan))
         return _generate(read_options(GenerateOptions, values.generate))
@@ -96,12 +98,28 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("generate", parser_for(GenerateOptions, "dflash generate"), help="complete a prompt")
     commands.add_subcommand("plan", parser_for(PlanOptions, "dflash plan"), help="compile for accelerators by name")
+    commands.add_subcommand("train", _train_parser(), help="train a drafter from a configuration file")
+    return parser
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="dflash train",
+        description="Train a drafter for a target, or only let the target write the responses that it learns from.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    parser.add_argument("what", choices=("drafter", "responses"), help="drafter, or responses: its first part alone")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run, as described in docs/training.md")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to it, as training.loop.steps=100")
+    parser.add_argument("--check", action="store_true", help="read and print the whole configuration, and stop")
     return parser
 
 
 def _command(argv: Sequence[str] | None) -> str:
     given = sys.argv[1:] if argv is None else argv
-    return given[0] if given and given[0] in ("generate", "plan") else "generate"
+    return given[0] if given and given[0] in ("generate", "plan", "train") else "generate"
 
 
 def _readable(message: str) -> str:
@@ -158,6 +176,16 @@ def _generate(options: GenerateOptions) -> int:
             screen.wait("timing plain and speculative decoding")
             screen.comparison(_compare(pair, prompt, settings))
     return 0
+
+
+def _train(values: Any) -> int:
+    if values.check:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
+    try:
+        from train.command import train
+    except ModuleNotFoundError as error:
+        raise InputError(f"training needs the package {error.name}; pip install 'dflash-jax[train]'") from error
+    return train(values.what, values.config, values.changes, check=values.check)
 
 
 def _plan(options: PlanOptions) -> int:

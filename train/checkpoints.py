@@ -45,10 +45,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps:
             return
-        metrics = {BEST: float(values[BEST])} if BEST in values else None
-        self._checkpointer.save_async(
-            step, state, force=True, metrics=metrics, custom_metadata={"data": json.dumps(data)}
-        )
+        metrics: Any = {BEST: float(values[BEST])} if BEST in values else None
+        place: Any = {"data": json.dumps(data)}
+        self._checkpointer.save_async(step, cast(Any, state), force=True, metrics=metrics, custom_metadata=place)
 
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
         """(state, state of the data's iterator) of a step, by default the newest; (`state`, None) where there is none.
@@ -73,5 +72,5 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step with the largest acceptance length, the latest of those; the newest where none was measured."""
         self._checkpointer.wait()
-        rated = [(c.metrics[BEST], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        rated = [(cast(dict, c.metrics)[BEST], c.step) for c in self._checkpointer.checkpoints if c.metrics]
         return max(rated)[1] if rated else (self.steps or [None])[-1]

@@ -100,7 +100,7 @@ class Part:
     """Some of the documents, by their indices."""
 
     documents: Documents
-    indices: Sequence[int]
+    indices: Sequence[int] | np.ndarray
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -98,7 +98,9 @@ def train_drafter(config: DrafterTraining, setting: Setting) -> tuple[Drafter, b
     if caches is None:
         return Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed)), False  # not begun
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
-    build = functools.partial(Drafter, architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed))
+    def build() -> Drafter:
+        return Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed))
+
     graph = nnx.graphdef(nnx.eval_shape(build))
     state = new_state(lambda: nnx.state(build()), optimizer, setting.mesh)
     if setting.start is not None:

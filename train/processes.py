@@ -1,5 +1,6 @@
 """One program on several processes: joining them, and which part of the work is whose."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,7 +71,15 @@ def build_mesh(config: MeshConfig) -> Mesh | None:
     """Of all devices; None for a single one. InputError where the sizes do not multiply to their number."""
     if jax.device_count() == 1 and not config.sizes:
         return None
-    return make_mesh(**config.sizes)
+    return make_mesh(None, **config.sizes)
+
+
+def build_own_mesh(config: MeshConfig) -> Mesh | None:
+    """As `build_mesh`, or of this process' devices alone where the sizes multiply to their number."""
+    own = jax.local_devices()
+    if jax.process_count() > 1 and math.prod(vars(config).values()) == len(own):
+        return make_mesh(own, **config.sizes) if len(own) > 1 else None
+    return build_mesh(config)
 
 
 @dataclass(frozen=True)

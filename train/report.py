@@ -16,7 +16,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse } td, th { padding: .2rem 1rem .2rem 0; text-align: left; font-weight: normal }
-td { font-variant-numeric: tabular-nums } svg { max-width: 100%; height: auto } pre { background: #f4f4f4; padding: 1rem }
+td { font-variant-numeric: tabular-nums } svg { max-width: 100%; height: auto }
+pre { background: #f4f4f4; padding: 1rem }
 </style></head><body>
 <h1>{{ title }}</h1>
 <table>{% for name, value in figures %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
@@ -69,7 +70,7 @@ def plots(lines: Lines) -> list[tuple[str, str, str]]:
         ("Loss", "Of the training steps, and in nats a token on held-out responses.", ("loss", "held_out_nll")),
         (
             "Acceptance length",
-            "Tokens a round: decoded with the real loop, and as the blocks of training and of held-out responses give it.",
+            "Tokens a round: decoded with the real loop, and as blocks of training and held-out responses give it.",
             ("acceptance_length", "acceptance", "held_out_acceptance"),
         ),
         ("Gradient norm", "Before clipping.", ("gradient_norm",)),

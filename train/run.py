@@ -18,7 +18,7 @@ from dflash_jax.text import Tokenizer, load_tokenizer
 from train.configuration import to_yaml
 from train.data import Corpus, DataConfig, Documents, Part, split
 from train.drafter import DrafterTraining, Setting, train_drafter
-from train.processes import MeshConfig, barrier, build_mesh, is_first, whole_arrays
+from train.processes import MeshConfig, barrier, build_mesh, build_own_mesh, is_first, whole_arrays
 from train.records import JsonLines
 from train.regenerate import RegenerateConfig
 from train.report import write_report
@@ -96,6 +96,11 @@ def main(run: DrafterRun) -> bool:
         if is_first():
             write_report(run.out, to_yaml(run))
     return done
+
+
+def respond(run: DrafterRun) -> bool:
+    """`dflash train responses`: only the target's part; False if it was stopped before the end."""
+    return make_responses(run.target, run.out, run.data, run.regenerate, build_own_mesh(run.mesh))
 
 
 def export(drafter: Drafter, folder: Path, target: Target) -> None:
