@@ -1,19 +1,16 @@
 """Trains a DFlash drafter for a frozen target: `python -m train.drafter --target runs/target/model ...`.
 
-The story: responses of the target -> taps of the frozen target -> random anchors -> blocks in one pass -> decayed
-cross-entropy. Source of the method: arXiv 2602.06036.
+The story: responses of the target -> batches -> steps on the loss of `train.objective` -> an exported drafter.
 """
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from dflash_jax.checkpoints import load_target, save_drafter
@@ -22,14 +19,14 @@ from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 from dflash_jax.pair import Pair
 from dflash_jax.text import Tokenizer
-from train import corpus, losses
-from train.anchors import Blocks, cut_blocks, decay, sample_anchors
-from train.blocks import block_hidden
+from train import corpus
 from train.command import command
 from train.data import shuffled
 from train.loop import LoopConfig, Task, run
+from train.objective import Objective, drafter_loss, drafter_terms
+from train.optimizer import OptimizerConfig, make_optimizer
 from train.regenerate import RegenerateConfig, Responses, regenerate
-from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
+from train.step import Pytree, TrainState, init_state, make_step
 from train.tokenizer import load_tokenizer
 
 
@@ -83,7 +80,7 @@ class DrafterArchitecture:
 
 
 @dataclasses.dataclass(frozen=True)
-class DrafterTraining:
+class DrafterTraining(Objective):
     """How a drafter is trained on the target's responses.
 
     Args:
@@ -91,24 +88,18 @@ class DrafterTraining:
         loop: steps, checkpoints and evaluation
         optimizer: AdamW and its schedule
         batch: sequences in a step
-        anchors: blocks of a sequence, at random places, new ones every time the sequence comes up
-        loss: position weights: "decay" is exp(-(k - 1) / gamma), "pace" is D-PACE
-        gamma: of "decay"; 4 for blocks of 8, 5 for 10, 7 for 16
+        parts: micro batches in which a step works on them, with the same result
+        spike: a step whose gradient is so many times longer than usual is skipped; 0 skips only what is not finite
         held_out: sequences of the held-out loss
-        head_chunk: rows of logits made at once; 0 is all
-        seed: of the initialisation, the order of the data and the anchors
     """
 
     architecture: DrafterArchitecture = dataclasses.field(default_factory=DrafterArchitecture)
     loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(steps=3000))
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     batch: int = 8
-    anchors: int = 48
-    loss: Literal["decay", "pace"] = "decay"
-    gamma: float = 4.0
+    parts: int = 1
+    spike: float = 10.0
     held_out: int = 64
-    head_chunk: int = 0
-    seed: int = 0
 
 
 def tap_ids(layers: int, count: int) -> tuple[int, ...]:
@@ -116,80 +107,6 @@ def tap_ids(layers: int, count: int) -> tuple[int, ...]:
     if count == 1:
         return (layers // 2,)
     return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
-
-
-def drafter_loss(
-    graphs: tuple[nnx.GraphDef, nnx.GraphDef], config: DrafterTraining, params: Pytree, frozen: Pytree, batch: Pytree
-) -> tuple[jax.Array, Metrics]:
-    """Loss and metrics of one batch {tokens [B, T], mask [B, T], step []}; the target's taps are made on the way."""
-    drafter, target = nnx.merge(graphs[0], params), nnx.merge(graphs[1], frozen)
-    c = drafter.config
-    key = jax.random.fold_in(jax.random.key(config.seed), batch["step"])
-    anchors, real = sample_anchors(key, batch["mask"], config.anchors)
-    blocks = cut_blocks(batch["tokens"], batch["mask"], anchors, real, rows=c.block_size, mask_token=c.mask_token_id)
-    taps = jax.lax.stop_gradient(target.sequence(batch["tokens"], tap_ids=c.tap_ids).taps)
-    hidden = block_hidden(drafter, target.embed.embedding[...][blocks.inputs], taps, anchors)
-    rows = block_predictions(drafter, target, hidden, blocks, config.head_chunk)
-    weights = losses.pace_weights(rows.nll, blocks.weights)
-    if config.loss == "decay":
-        weights = blocks.weights * decay(c.block_size, config.gamma)
-    loss = losses.weighted_mean(rows.nll, weights)
-    if rows.selector_nll is not None and rows.listed is not None:
-        loss = loss + losses.weighted_mean(rows.selector_nll, weights * rows.listed)
-    return loss, acceptance_metrics(rows, blocks)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Predictions:
-    """What the rows of the blocks predict; row 0 predicts nothing. The last two are of DFlash 2's selector."""
-
-    nll: Float[Array, "B A W"]
-    guess: Int[Array, "B A W"]
-    selector_nll: Float[Array, "B A W"] | None = None
-    listed: Bool[Array, "B A W"] | None = None  # whether the label is among the candidates
-
-
-def block_predictions(drafter: Drafter, target: Target, hidden: Array, blocks: Blocks, chunk: int) -> Predictions:
-    """Through the target's frozen head, and the selector where there is one.
-
-    The selector is taught with the true predecessor. Up to the first wrong token that is also the predecessor in its
-    own walk, so its guesses give the acceptance of the walk.
-    """
-
-    def predict(rows: tuple[Array, Array, Array]) -> Predictions:
-        x, labels, previous = rows
-        logits = drafter.head(target.head)(x)
-        nll = losses.cross_entropy(logits, labels)
-        if drafter.selector is None:
-            return Predictions(nll, jnp.argmax(logits, -1))
-        scores, ids = jax.lax.top_k(logits, min(drafter.config.selector_top_k, logits.shape[-1]))
-        scores = scores + drafter.selector(previous, ids, x)
-        guess = jnp.take_along_axis(ids, jnp.argmax(scores, -1)[..., None], -1)[..., 0]
-        match = ids == labels[..., None]
-        selector_nll = losses.cross_entropy(scores, jnp.argmax(match, -1))
-        return Predictions(nll, guess, selector_nll, match.any(-1))
-
-    shape = (*blocks.labels.shape[:2], blocks.labels.shape[2] - 1)
-    rows = (hidden[:, :, 1:], blocks.labels[:, :, 1:], blocks.labels[:, :, :-1])
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
-    made = losses.in_chunks(predict, flat, chunk)
-    return jax.tree.map(lambda x: jnp.pad(x.reshape(shape), ((0, 0), (0, 0), (1, 0))), made)
-
-
-def acceptance_metrics(rows: Predictions, blocks: Blocks) -> Metrics:
-    """Accuracy of rows 1.., and tokens a round as greedy verification of these very blocks would give them.
-
-    Blocks cut short by the end of a response are left out of the acceptance length.
-    """
-    correct, counts = (rows.guess == blocks.labels).astype(jnp.float32), blocks.weights
-    whole = jnp.min(counts[..., 1:], -1)
-    prefix = losses.accepted(correct, counts).sum(-1)
-    return {
-        "nll": losses.weighted_mean(rows.nll, counts),
-        "accuracy": (jnp.sum(correct * counts, (0, 1)) / jnp.maximum(jnp.sum(counts, (0, 1)), 1))[1:],
-        "acceptance": 1 + losses.weighted_mean(prefix, whole),
-    }
 
 
 def batches(responses: Responses, size: int, seed: int):
@@ -229,9 +146,9 @@ def train_drafter(
     graph, params = nnx.split(Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed)))
     target_graph, frozen = nnx.split(target)
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
-    loss = functools.partial(drafter_loss, (graph, target_graph), config)
+    terms, loss = (functools.partial(f, (graph, target_graph), config) for f in (drafter_terms, drafter_loss))
     task = Task(
-        step=make_step(loss, optimizer),
+        step=make_step(terms, optimizer, parts=config.parts, spike=config.spike),
         frozen=frozen,
         batch=batches(data, config.batch, config.seed),
         evaluate=evaluator(loss, frozen, held_out, config.batch),

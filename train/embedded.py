@@ -18,8 +18,8 @@ from train import corpus
 from train.command import command
 from train.drafter import DrafterArchitecture, DrafterTraining, corpus_responses, train_drafter
 from train.loop import LoopConfig
+from train.optimizer import OptimizerConfig
 from train.regenerate import RegenerateConfig
-from train.step import OptimizerConfig
 from train.target import Architecture, TargetTraining, train_target
 from train.tokenizer import load_or_train, save_tokenizer
 

@@ -19,7 +19,8 @@ from train import corpus, losses
 from train.command import command
 from train.data import PackedWindows, fixed_windows, pack
 from train.loop import LoopConfig, Task, run
-from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.step import Metrics, Pytree, TrainState, init_state, make_step
 from train.tokenizer import VOCAB_SIZE, load_or_train
 
 

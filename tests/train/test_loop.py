@@ -12,16 +12,8 @@ import pytest
 from dflash_jax.errors import InputError
 from train.data import PackedWindows
 from train.loop import LoopConfig, Task, run
-from train.step import (
-    OptimizerConfig,
-    TrainState,
-    init_state,
-    is_matrix,
-    learning_rate,
-    make_optimizer,
-    make_step,
-    muon_axes,
-)
+from train.optimizer import OptimizerConfig, is_matrix, learning_rate, make_optimizer, muon_axes
+from train.step import TrainState, init_state, make_step
 
 LOOP = LoopConfig(steps=12, save_every=4, evaluate_every=6, log_every=2)
 VOCAB = 17
