@@ -22,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),  # the model width, of weights only
+    "rank": ("fsdp",),  # the width of the selector's tables
     "heads": ("tensor",),
     "kv_heads": ("tensor",),  # copied where there are fewer of them than the axis is long
     "key_heads": ("tensor",),  # of recurrent layers, with their value heads

@@ -84,7 +84,7 @@ class Selector(nnx.Module):
     def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.selector_rank)
         # Their width is spread, not their tokens: a row is then looked up where it is needed.
-        axes = (None, "embed")
+        axes = (None, "rank")
         self.predecessor = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype), axes=axes)
         self.successor = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
         self.hidden = linear(config.hidden_size, config.selector_rank, ("embed", None), dtype=dtype, rngs=rngs)

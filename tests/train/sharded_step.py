@@ -20,6 +20,7 @@ SMALL_TARGET = TARGET | {
 SMALL_DRAFTER = DRAFTER | {
     "num_target_layers": 2,
     "num_hidden_layers": 1,
+    "selector_rank": 8,
     "dflash_config": {"mask_token_id": 15, "target_layer_ids": [0]},
 }
 STEPS = 2
