@@ -98,6 +98,7 @@ def train_drafter(config: DrafterTraining, setting: Setting) -> tuple[Drafter, b
     if caches is None:
         return Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed)), False  # not begun
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
+
     def build() -> Drafter:
         return Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed))
 

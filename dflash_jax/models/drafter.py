@@ -83,8 +83,10 @@ class Selector(nnx.Module):
 
     def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.selector_rank)
-        self.predecessor = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
-        self.successor = nnx.Param(jnp.zeros(shape, dtype))
+        # Their width is spread, not their tokens: a row is then looked up where it is needed.
+        axes = (None, "rank")
+        self.predecessor = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype), axes=axes)
+        self.successor = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
         self.hidden = linear(config.hidden_size, config.selector_rank, ("embed", None), dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -108,12 +110,18 @@ class Drafter(nnx.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         self.selector = Selector(c, dtype=dtype, rngs=rngs) if c.selector_rank else None
 
-    def context(self, taps: Float[Array, "B T CD"], lengths: Int[Array, "B"]) -> tuple[KeyValues, ...]:
-        """Keys and values of T context positions from `lengths[b]` on, for every layer, from one stacked product."""
+    def context(
+        self, taps: Float[Array, "B T CD"], lengths: Int[Array, "B"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[KeyValues, ...]:
+        """Keys and values of T context rows for every layer, from one stacked product.
+
+        They stand at `lengths[b]` and after, or at the given positions.
+        """
         c = self.config
         B, T, _ = taps.shape
+        positions = lengths[:, None] + jnp.arange(T) if positions is None else positions
         features = self.hidden_norm(self.fc(taps.astype(self.fc.kernel.dtype)))
-        turn = rotation(lengths[:, None] + jnp.arange(T), c.rope, features.dtype)
+        turn = rotation(positions, c.rope, features.dtype)
         keys_values = self.kv_proj(features).reshape(c.num_layers, B, T, 2, c.num_kv_heads, c.head_dim)
 
         def of_layer(layer: DrafterLayer, kv: Array) -> KeyValues:

@@ -7,16 +7,18 @@ from jaxtyping import Array, Bool, Float, Int
 HIDDEN = -1e30  # a finite score: a row without any visible key stays finite
 
 
-def context_mask(anchors: Int[Array, "B A"], rows: int, length: int, window: int | None) -> Bool[Array, "B A W T"]:
-    """Context position t is visible when it lies strictly before the anchor and inside the row's window.
+def context_mask(
+    anchors: Int[Array, "B A"], starts: Int[Array, "B A"], rows: int, length: int, window: int | None
+) -> Bool[Array, "B A #W T"]:
+    """Context position t is visible from the document's start to strictly before the anchor, inside the row's window.
 
     The anchor's own position is part of the block, never of the context: its features already know the token after it.
     """
     t = jnp.arange(length)
-    visible = jnp.broadcast_to(t < anchors[..., None, None], (*anchors.shape, rows, length))
+    visible = (t >= starts[..., None, None]) & (t < anchors[..., None, None])
     if window is not None:
         positions = anchors[..., None] + jnp.arange(rows)
-        visible &= t > positions[..., None] - window
+        visible = visible & (t > positions[..., None] - window)
     return visible
 
 
@@ -34,6 +36,7 @@ def anchored_attention(
     blk_k: Float[Array, "B A W K H"],
     blk_v: Float[Array, "B A W K H"],
     anchors: Int[Array, "B A"],
+    starts: Int[Array, "B A"],
     *,
     causal: bool,
     window: int | None = None,
@@ -43,7 +46,7 @@ def anchored_attention(
 
     Row w of block a stands at position `anchors[b, a] + w`; a window counts the query itself.
     """
-    seen = context_mask(anchors, q.shape[2], ctx_k.shape[1], window), block_mask(q.shape[2], causal, window)
+    seen = context_mask(anchors, starts, q.shape[2], ctx_k.shape[1], window), block_mask(q.shape[2], causal, window)
     return masked_attention(q, ctx_k, ctx_v, blk_k, blk_v, *seen, scale)
 
 
@@ -53,7 +56,7 @@ def masked_attention(
     ctx_v: Float[Array, "B T K H"],
     blk_k: Float[Array, "B A W K H"],
     blk_v: Float[Array, "B A W K H"],
-    context_seen: Bool[Array, "B A W T"],
+    context_seen: Bool[Array, "B A #W T"],
     own_seen: Bool[Array, "W W"],
     scale: float,
 ) -> Float[Array, "B A W N H"]:

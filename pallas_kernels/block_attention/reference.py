@@ -78,7 +78,7 @@ def attend(
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
     if not keys.shape[2]:
         seen = visible(jnp.zeros(B, jnp.int32), W, W, causal, window, mask, depths)
-        return _softmax(q, *own, seen, scale, soft_cap, sinks), keys, values
+        return masked_attention(q, *own, seen, scale, soft_cap, sinks), keys, values
 
     def place(cache: Array, rows: Array) -> Array:
         dense = cache if page_table is None else gather_pages(cache, page_table, lengths, W)
@@ -86,7 +86,7 @@ def attend(
 
     all_keys, all_values = place(keys, own[0]), place(values, own[1])
     seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
-    out = _softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks)
+    out = masked_attention(q, all_keys, all_values, seen, scale, soft_cap, sinks)
     if packed > 1:
         out = one_head(out, keys.shape[1], packed)
     if not write:
@@ -113,7 +113,7 @@ def one_head(out: Array, kv_heads: int, packed: int) -> Array:
     return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)
 
 
-def _softmax(
+def masked_attention(
     q: Array, keys: Array, values: Array, mask: Array, scale: float, soft_cap: float | None, sinks: Array | None
 ) -> Array:
     """q [B W N H] against keys and values [B K S H], of which row w sees mask [B W S]; fp32 inside."""
