@@ -90,7 +90,7 @@ def _build(kind: type[Config], values: dict[str, Any], path: Path) -> Config:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     try:
-        return kind(**vars(parser.instantiate_classes(parser.parse_object(values))))
+        return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except (TypeError, ValueError, KeyError, argparse.ArgumentError) as error:
         raise InputError(f"{path}: {_short(error)}") from None
 
