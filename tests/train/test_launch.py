@@ -94,7 +94,7 @@ def test_what_jax_distributed_is_called_with(environment, arguments):
 
 
 def test_half_named_processes_are_refused():
-    with pytest.raises(InputError, match="JAX_NUM_PROCESSES is set, so the processes are joined by .*; set all three"):
+    with pytest.raises(InputError, match=r"JAX_NUM_PROCESSES is set, so the processes are joined by .*; set all three"):
         join_arguments({"JAX_NUM_PROCESSES": "2"})
     with pytest.raises(InputError, match="as host:port and whole numbers"):
         join_arguments({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "1"})

@@ -1,4 +1,4 @@
-"""Every recipe reads, fits its target, has the published drafter's size, and divides over the mesh of the pod it names."""
+"""Every recipe reads, fits its target, has the published drafter's size, and divides over its pod's mesh."""
 
 import math
 import re
