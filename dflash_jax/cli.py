@@ -66,7 +66,7 @@ class PlanOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 2 for input that cannot work, 130 when interrupted."""
     try:
-        values = _parser().parse_args(argv)
+        values = _parser().parse_args(_flags_first(argv))
         if values.subcommand == "train":
             return _train(values.train)
         if values.subcommand == "plan":
@@ -100,6 +100,12 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("plan", parser_for(PlanOptions, "dflash plan"), help="compile for accelerators by name")
     commands.add_subcommand("train", _train_parser(), help="train a drafter from a configuration file")
     return parser
+
+
+def _flags_first(argv: Sequence[str] | None) -> list[str]:
+    """`train` takes any number of key=value, before and behind which its flags may stand; argparse wants them before."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return given[:1] + sorted(given[1:], key=lambda word: word[:1] != "-") if given[:1] == ["train"] else given
 
 
 def _train_parser() -> ArgumentParser:

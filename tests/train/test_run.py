@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,6 +107,7 @@ def test_chats_are_learned_from_as_they_are(made):
     assert pair.tokenizer.core.decode(example["tokens"][example["mask"]].tolist()) == "hello"
 
 
+@pytest.mark.slow
 def test_over_a_mesh_the_losses_are_the_same(made):
     folder, out = made
     script = "import sys; from dflash_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
@@ -117,6 +119,44 @@ def test_over_a_mesh_the_losses_are_the_same(made):
     (_, one), (_, spread) = (zip(*losses(x), strict=True) for x in (out, folder / "mesh"))
     np.testing.assert_allclose(spread, one, rtol=1e-4)
     assert (folder / "mesh" / "model" / "model.safetensors").exists()
+
+
+def together(config: Path, *changes: str) -> list[subprocess.Popen]:
+    """Two processes with two devices each, joined by jax.distributed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
+    command = [sys.executable, "-m", "dflash_jax", "train", "drafter", str(config), *changes]
+    join = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
+    return [
+        subprocess.Popen(
+            command, env={**os.environ, **join, "JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_drafter_and_stop_together(made, tmp_path):
+    """SIGTERM to one of them ends both at the same step; then they go on, to the losses of one process."""
+    folder, out = made
+    changes = [f"out={tmp_path}", f"data.responses=[{out / 'responses'}]", "mesh={data: 2, fsdp: 2}"]
+    first = together(folder / "run.yaml", *changes)
+    while first[0].poll() is None and not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.05)
+    first[1].send_signal(signal.SIGTERM)
+    texts = [process.communicate(timeout=300)[0] for process in first]
+    assert [process.returncode for process in first] == [0, 0], texts
+    assert "the same command goes on" in texts[0]
+    second = together(folder / "run.yaml", *changes)
+    texts = [process.communicate(timeout=300)[0] for process in second]
+    assert [process.returncode for process in second] == [0, 0], texts
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    (steps, one), (again, two) = (zip(*losses(x), strict=True) for x in (out, tmp_path))
+    assert steps == again
+    np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
 @pytest.mark.slow
