@@ -103,7 +103,7 @@ def _parser() -> ArgumentParser:
 
 
 def _flags_first(argv: Sequence[str] | None) -> list[str]:
-    """`train` takes any number of key=value, before and behind which its flags may stand; argparse wants them before."""
+    """`train` takes any number of key=value, and flags before and behind them; argparse wants the flags first."""
     given = list(sys.argv[1:] if argv is None else argv)
     return given[:1] + sorted(given[1:], key=lambda word: word[:1] != "-") if given[:1] == ["train"] else given
 
