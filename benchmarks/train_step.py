@@ -11,6 +11,7 @@ import json
 import resource
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,14 +35,14 @@ TARGET = TargetConfig("qwen3", **SIZES, layer_types=("full_attention",), rope=RO
 BATCH, LENGTH, ANCHORS = 4, 512, 64
 
 
-def measure(loss: str, steps: int) -> dict:
+def measure(loss: Any, steps: int) -> dict:
     """Seconds a step and megabytes."""
     models = [lambda: Drafter(DRAFTER, rngs=nnx.Rngs(0)), lambda: Target(TARGET, rngs=nnx.Rngs(1))]
-    graphs = [nnx.graphdef(nnx.eval_shape(build)) for build in models]
+    drafter, target = (nnx.graphdef(nnx.eval_shape(build)) for build in models)
     params, frozen = jax.jit(lambda: [nnx.state(build()) for build in models])()
     objective = Objective(anchors=ANCHORS, loss=loss)
     optimizer = make_optimizer(OptimizerConfig(), 1000)
-    step = compiled(make_step(functools.partial(drafter_terms, graphs, objective), optimizer))
+    step = compiled(make_step(functools.partial(drafter_terms, (drafter, target), objective), optimizer))
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(2, SIZES["vocab_size"], (BATCH, LENGTH)).astype(np.int32),
