@@ -23,7 +23,6 @@ from train import corpus
 from train.command import command
 from train.data import shuffled
 from train.loop import LoopConfig, Task, run
-from train.memory import compiled
 from train.objective import Objective, drafter_loss, drafter_terms
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.regenerate import RegenerateConfig, Responses, regenerate
@@ -149,7 +148,7 @@ def train_drafter(
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     terms, loss = (functools.partial(f, (graph, target_graph), config) for f in (drafter_terms, drafter_loss))
     task = Task(
-        step=compiled(make_step(terms, optimizer, parts=config.parts, spike=config.spike)),
+        step=make_step(terms, optimizer, parts=config.parts, spike=config.spike),
         frozen=frozen,
         batch=batches(data, config.batch, config.seed),
         evaluate=evaluator(loss, frozen, held_out, config.batch),
