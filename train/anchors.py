@@ -43,7 +43,7 @@ def sample_anchors(
     segments: Int[Array, "B T"] | None = None,
     rows: Int[Array, "B"] | None = None,
 ) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
-    """`count` different valid positions a sequence, ascending, and which of them are real.
+    """`count` different valid positions a sequence (at most T), ascending, and which of them are real.
 
     Each document of a row gets its share, in proportion to its valid positions, and at least one if there are enough.
     What is drawn depends on the key and the row's number in the global batch (`rows`, default 0, 1, ...), and neither
@@ -61,7 +61,7 @@ def sample_anchors(
     rank, size = jnp.arange(T) - first, last - first + 1
     order = jnp.where(rank == 0, draws - 2, (rank + draws) / size)  # one of each document before all others
     order = jnp.where(documents == _NONE, jnp.inf, order)
-    best, places = jax.lax.top_k(-order, count)
+    best, places = jax.lax.top_k(-order, min(count, T))
     anchors, real = jnp.take_along_axis(at, places, 1), best > -jnp.inf
     ascending = jnp.argsort(anchors, -1)
     return jnp.take_along_axis(anchors, ascending, -1), jnp.take_along_axis(real, ascending, -1)

@@ -49,9 +49,9 @@ def block_hidden(
         ctx_k, ctx_v = context[i].keys.swapaxes(1, 2), context[i].values.swapaxes(1, 2)
         options = {"causal": c.causal[i], "window": drafter.window(i), "scale": c.head_dim**-0.5}
 
-        def on_shard(q: Array, *rest: Array) -> Array:
-            *floats, anchors, starts = rest
-            return anchored_attention(q, *floats, anchors, starts=starts, **options)
+        def on_shard(*given: Array) -> Array:
+            q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts = given
+            return anchored_attention(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts=starts, **options)
 
         inputs = [_QUERIES, _CONTEXT, _CONTEXT, _ROWS, _ROWS, _PLACES, _PLACES]
         out = per_shard(on_shard, inputs, _QUERIES)(

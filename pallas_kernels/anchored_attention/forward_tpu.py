@@ -45,8 +45,8 @@ class Step(NamedTuple):
     def of(cls, anchors: Any, starts: Any, limits: Any, plan: Plan, b: Any, step: Any) -> "Step":
         at = b * plan.steps + step
         blocks = [step * plan.tile_anchors + i for i in range(plan.tile_anchors)]
-        mine = ([of[b, block] for block in blocks] for of in (anchors, starts))
-        return cls(*mine, tuple(limits[i, at] for i in range(4)))
+        mine, begins = ([of[b, block] for block in blocks] for of in (anchors, starts))
+        return cls(mine, begins, tuple(limits[i, at] for i in range(4)))
 
     def each_tile(self, span: Any, tiles_of_span: int, edge: Any, whole: Any) -> None:
         """Call `edge` or `whole` with the index in this span of each tile that some row, or every row, sees."""

@@ -62,7 +62,9 @@ def _attend_forward(*arguments):
 
 
 def _attend_backward(causal, window, scale, interpret, saved, do):
-    return *gradients(*saved, do, causal=causal, window=window, scale=scale), None, None
+    q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts = saved
+    options = {"causal": causal, "window": window, "scale": scale}
+    return *gradients(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, do, **options), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -44,10 +44,17 @@ def anchored_attention(
 ) -> Float[Array, "B A W N H"]:
     """Softmax in fp32 over the context strictly before each anchor and the block's own rows; no block sees another.
 
-    Row w of block a stands at position `anchors[b, a] + w`; a window counts the query itself.
+    Row w of block a stands at position `anchors[b, a] + w`; a window counts the query itself. Scores exist for one
+    sequence at a time, and are made again for the gradients.
     """
-    seen = context_mask(anchors, starts, q.shape[2], ctx_k.shape[1], window), block_mask(q.shape[2], causal, window)
-    return masked_attention(q, ctx_k, ctx_v, blk_k, blk_v, *seen, scale)
+    own_seen = block_mask(q.shape[2], causal, window)
+
+    def of_sequence(given: tuple[Array, ...]) -> Array:
+        q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts = (x[None] for x in given)
+        seen = context_mask(anchors, starts, q.shape[2], ctx_k.shape[1], window)
+        return masked_attention(q, ctx_k, ctx_v, blk_k, blk_v, seen, own_seen, scale)[0]
+
+    return jax.lax.map(jax.checkpoint(of_sequence), (q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts))
 
 
 def masked_attention(
@@ -62,13 +69,16 @@ def masked_attention(
 ) -> Float[Array, "B A W N H"]:
     """As `anchored_attention`, for any masks."""
     B, A, W, N, H = q.shape
-    K, T = blk_k.shape[3], ctx_k.shape[1]
+    K = blk_k.shape[3]
     grouped = q.reshape(B, A, W, K, N // K, H)
     context = jnp.einsum("bawkgh,btkh->bkgawt", grouped, ctx_k, preferred_element_type=jnp.float32)
     own = jnp.einsum("bawkgh,bavkh->bkgawv", grouped, blk_k, preferred_element_type=jnp.float32)
     context = jnp.where(context_seen[:, None, None], context * scale, HIDDEN)
     own = jnp.where(own_seen, own * scale, HIDDEN)
-    weights = jax.nn.softmax(jnp.concatenate([context, own], -1), -1).astype(q.dtype)
-    from_context = jnp.einsum("bkgawt,btkh->bawkgh", weights[..., :T], ctx_v, preferred_element_type=jnp.float32)
-    from_own = jnp.einsum("bkgawv,bavkh->bawkgh", weights[..., T:], blk_v, preferred_element_type=jnp.float32)
-    return (from_context + from_own).reshape(q.shape).astype(q.dtype)
+    most = jnp.maximum(jnp.max(context, -1, keepdims=True, initial=HIDDEN), jnp.max(own, -1, keepdims=True))
+    context, own = (jnp.exp(x - jax.lax.stop_gradient(most)) for x in (context, own))
+    total = jnp.sum(context, -1) + jnp.sum(own, -1)
+    from_context = jnp.einsum("bkgawt,btkh->bawkgh", context.astype(q.dtype), ctx_v, preferred_element_type=jnp.float32)
+    from_own = jnp.einsum("bkgawv,bavkh->bawkgh", own.astype(q.dtype), blk_v, preferred_element_type=jnp.float32)
+    out = (from_context + from_own) / jnp.moveaxis(total, (1, 2), (3, 4))[..., None]
+    return out.reshape(q.shape).astype(q.dtype)

@@ -1,6 +1,7 @@
 """Causal attention of whole rows in which several documents lie one after the other: a kept library, by platform."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,10 +74,11 @@ def _splash(
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    heads_first = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+    heads_first = [x.swapaxes(1, 2) for x in (q * scale, k, v)]
     sinks = None if sinks is None else sinks.astype(jnp.float32)
 
-    def of_row(q: Array, k: Array, v: Array, numbers: Array) -> Array:
+    def of_row(row: tuple[list[Array], Array]) -> Any:
+        (q, k, v), numbers = row
         return kernel(q, k, v, splash.SegmentIds(numbers, numbers), sinks)
 
-    return jax.vmap(of_row)(*heads_first, documents).swapaxes(1, 2).astype(q.dtype)
+    return jax.vmap(of_row)((heads_first, documents)).swapaxes(1, 2).astype(q.dtype)

@@ -81,11 +81,12 @@ def gated_delta_prefill(
     def step(state: Array, given: tuple[tuple[Array, ...], Array | None]) -> tuple[Array, Array]:
         rows, of = given
         path, carried = (None, None) if of is None else _within(of)
-        out, u, decay = _delta_rule(state, *rows, path, carried)
+        q, k, v, beta, g = rows
+        out, u, decay = _delta_rule(state, q, k, v, beta, g, path, carried)
         if path is None or carried is None:
-            left = Rows(k=rows[1], u=u, decay=decay).commit(jnp.full(state.shape[0], chunk))
+            left = Rows(k=k, u=u, decay=decay).commit(jnp.full(state.shape[0], chunk))
         else:
-            left = _last_document(rows[1], u, decay, path[:, -1], carried[:, -1])
+            left = _last_document(k, u, decay, path[:, -1], carried[:, -1])
         return fold(state, left), out
 
     of = None if documents is None else _with_previous(documents, chunk)

@@ -144,6 +144,7 @@ def assert_same(found, wanted, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1e-3, np.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_features_read_from_disk_give_the_loss_of_the_target_online(target):
     model = drafter(target, **DFLASH2)
     graphs, params, frozen, batch = parts(target, model)
@@ -152,6 +153,24 @@ def test_features_read_from_disk_give_the_loss_of_the_target_online(target):
     assert_same(value_and_gradients(graphs, CONFIG, params, frozen, batch | {"taps": taps}), online)
 
 
+@pytest.mark.slow
+def test_padding_changes_nothing(target):
+    """Neither its tokens nor its features, though some sequences have too few positions for all blocks."""
+    graphs, params, frozen, batch = parts(target, drafter(target, **DFLASH2), taps=True)
+    padding = np.arange(30) >= np.array([[12], [30]])
+    batch["segments"] = np.where(padding, 0, 1 + (np.arange(30) >= 7)).astype(np.int32)
+    batch["mask"] = batch["mask"] & ~padding
+    run = jax.jit(jax.value_and_grad(lambda p, f, b: drafter_loss(graphs, CONFIG, p, f, b)[0]))
+    found = run(params, frozen, batch)
+    other = dict(
+        batch, tokens=np.where(padding, 1, batch["tokens"]), taps=np.where(padding[..., None], 9, batch["taps"])
+    )
+    assert_same(run(params, frozen, other), found, 1e-6)
+    seen = dict(batch, mask=batch["mask"] | padding)
+    assert abs(run(params, frozen, seen)[0] - found[0]) > 1e-3  # what a mask that lets padding in would give
+
+
+@pytest.mark.slow
 def test_layers_made_again_backwards_change_no_gradient(target):
     given = parts(target, drafter(target, num_layers=2, **DFLASH2), taps=True)
     whole = value_and_gradients(given[0], CONFIG, *given[1:])
@@ -159,6 +178,7 @@ def test_layers_made_again_backwards_change_no_gradient(target):
     assert_same(again, whole)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_gradients_for_float32_parameters(target):
     given = parts(target, drafter(target, num_layers=2, **DFLASH2), taps=True)
     config = dataclasses.replace(CONFIG, compute="bfloat16")
@@ -171,6 +191,7 @@ def test_bfloat16_computes_gradients_for_float32_parameters(target):
     assert flat @ exact_flat / np.linalg.norm(flat) / np.linalg.norm(exact_flat) > 0.98
 
 
+@pytest.mark.slow
 def test_the_second_stage_compares_distributions_at_the_drafters_own_errors(target):
     """Draft-OPD against a loop: forward KL where accepted, fading reverse KL where rejected, at replayed blocks."""
     model = drafter(target)
@@ -222,6 +243,7 @@ def test_the_second_stage_cannot_use_features_from_disk(target):
         jax.eval_shape(functools.partial(drafter_terms, graphs, config), params, frozen, batch)
 
 
+@pytest.mark.slow
 def test_micro_batches_have_the_gradient_of_the_whole_batch(target):
     """Of weights that depend on the drafter (D-PACE), and of the selector's, which other rows have than the backbone's.
 

@@ -40,6 +40,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_document_runs_as_if_alone(kind):
     target = model(**KINDS[kind])

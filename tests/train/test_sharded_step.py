@@ -103,6 +103,7 @@ def test_moments_lie_where_their_parameters_do(method):
     found = dict.fromkeys(of_params, 0)
     for path, where in moments:
         name = next((n for n in found if jax.tree_util.keystr(path).endswith(n)), None)
-        assert where.spec == (PartitionSpec() if name is None else of_params[name])
-        found[name or ""] = found.get(name or "", 0) + 1
-    assert all(count for name, count in found.items() if name)  # one moment at least of each
+        assert where.spec == of_params[name] if name else not any(where.spec)
+        if name is not None:
+            found[name] += 1
+    assert min(found.values()) > 0  # a moment at least of each
