@@ -80,6 +80,7 @@ def stored() -> list[Result]:
 def write(results: list[Result]) -> None:
     """The document, and what it is made of."""
     DOCUMENT.parent.mkdir(exist_ok=True)
+    results = sorted(results, key=lambda r: (r.folder, r.topology))  # as they came, two runs would differ
     rows = ",\n".join(json.dumps(asdict(result)) for result in results)
     DOCUMENT.with_suffix(".json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
     DOCUMENT.write_text("\n".join(document(results)) + "\n", encoding="utf-8")

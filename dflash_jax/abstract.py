@@ -94,7 +94,7 @@ def build(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             if kind == "prefill":
                 per_request = (state.tokens, state.known, state.limit, state.stops)
-                return prefill.lower(graph, weights, *per_request, None, width)
+                return prefill.lower(graph, weights, *per_request, None, width, CHUNK)
             return jax.jit(one_round, donate_argnums=1, out_shardings=shardings).lower(weights, state)
 
     leaves = tuple(_leaves(weights, ("target", "drafter")))

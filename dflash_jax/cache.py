@@ -12,9 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.config import DrafterConfig, GatedDeltaConfig, TargetConfig
-from dflash_jax.sharding import constrain, kv_copies
+from dflash_jax.sharding import constrain, kv_copies, shards, with_copies
 from pallas_kernels.block_attention import write_rows
 from pallas_kernels.gated_delta import Pending, Rows, conv_tail
+
+
+def side_by_side(heads: int, head_dim: int, dtype: jnp.dtype) -> int:
+    """How many of the cached heads lie together as one: see `KeyValues`. A pair is never of two shards."""
+    pairs = head_dim == 64 and jnp.dtype(dtype).itemsize == 2 and heads // shards("kv_heads") % 2 == 0
+    return 2 if pairs else 1
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +28,8 @@ from pallas_kernels.gated_delta import Pending, Rows, conv_tail
 class KeyValues:
     """Keys and values of one attention layer, head by head so that one head's positions are contiguous.
 
-    K counts copies: see `dflash_jax.sharding.kv_copies`.
+    K counts copies: see `dflash_jax.sharding.kv_copies`. Two heads of 64 numbers of 16 bits, what accelerators run, lie
+    side by side as one of 128, a row of a TPU's memory: [B, K / 2, S, 128].
     """
 
     keys: Float[Array, "B K S H"]
@@ -30,9 +37,16 @@ class KeyValues:
 
     @classmethod
     def empty(cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "KeyValues":
-        zeros = jnp.zeros((batch, heads * kv_copies(heads), capacity, head_dim), dtype)
+        heads *= kv_copies(heads)
+        packed = side_by_side(heads, head_dim, dtype)
+        zeros = jnp.zeros((batch, heads // packed, capacity, packed * head_dim), dtype)
         zeros = constrain(zeros, "batch", "kv_heads", None, None)
         return cls(zeros, zeros)
+
+    def placed(self, rows: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
+        """Keys or values of T positions as this cache holds them."""
+        rows = with_copies(rows)
+        return rows.reshape(*rows.shape[:2], -1, self.keys.shape[3]).swapaxes(1, 2)
 
     def commit(self, rows: "KeyValues", lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "KeyValues":
         """`rows` is this cache with the block's rows behind the committed ones: they need only be counted."""
@@ -129,6 +143,15 @@ class DrafterCache:
         layer = KeyValues.empty(batch, config.num_kv_heads, capacity, config.head_dim, dtype)
         return cls((layer,) * config.num_layers)
 
-    def commit(self, rows: tuple[KeyValues, ...], lengths: Int[Array, "B"], count: Int[Array, "B"]) -> "DrafterCache":
-        """Write the first `count[b]` context rows of every layer at `lengths[b]`."""
-        return jax.tree.map(lambda cache, new: write_rows(cache, new, lengths, count), self, DrafterCache(rows))
+    def commit(
+        self, rows: tuple[tuple[Array, Array], ...], lengths: Int[Array, "B"], count: Int[Array, "B"]
+    ) -> "DrafterCache":
+        """Write the first `count[b]` context rows of every layer, keys and values [B, T, K, H], at `lengths[b]`."""
+
+        def of_layer(cache: KeyValues, keys: Array, values: Array) -> KeyValues:
+            return KeyValues(
+                write_rows(cache.keys, cache.placed(keys), lengths, count),
+                write_rows(cache.values, cache.placed(values), lengths, count),
+            )
+
+        return DrafterCache(tuple(of_layer(c, *kv) for c, kv in zip(self.layers, rows, strict=True)))

@@ -13,15 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import AbstractMesh, AxisType
-
 from dflash_jax.abstract import Abstract, build, read_config
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.hlo import Program, Temporary
 from dflash_jax.pair import check_fit
 from dflash_jax.roofline import Part, mixer_name, mlp_name, roofline, seconds
-from dflash_jax.sharding import MESH_AXES, RULES, make_mesh, mesh_sizes
+from dflash_jax.sharding import RULES, abstract_mesh, make_mesh, mesh_sizes
 from dflash_jax.topology import Topology, parse_topology
 
 KINDS = ("round", "plain", "prefill", "train")
@@ -66,7 +64,7 @@ def plan(request: Request, trained: Trained | None = None) -> dict[str, Any]:
     width = _width(request, drafter)
     sizes = mesh_sizes(request.mesh) or {"tensor": topology.num_devices}
     make_mesh(range(topology.num_devices), **sizes)  # refuses what cannot be, before the compiler is looked for
-    mesh = make_mesh(topology.devices(), **sizes) if request.compile else _abstract_mesh(sizes)
+    mesh = make_mesh(topology.devices(), **sizes) if request.compile else abstract_mesh(**sizes)
     used = None if request.program == "plain" else drafter
     kind: Any = request.program
     if trained is not None and drafter is not None and kind == "train":
@@ -112,12 +110,6 @@ def _check(request: Request) -> None:
     if request.program in ("round", "train") and request.drafter is None:
         what = "a round" if request.program == "round" else "a training step"
         raise InputError(f"{what} needs a drafter; give --drafter, or --program plain")
-
-
-def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh without devices: enough to compute with, and it needs no compiler."""
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _width(request: Request, drafter: DrafterConfig | None) -> int:

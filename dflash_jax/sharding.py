@@ -58,6 +58,12 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     return _auto(np.asarray(devices).reshape(shape), MESH_AXES)
 
 
+def abstract_mesh(**sizes: int) -> AbstractMesh:
+    """A mesh without devices: enough to compute with, and it needs no compiler."""
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
 def mesh_sizes(text: str) -> dict[str, int]:
     """`expert=4,tensor=2` as a person writes it, for `make_mesh`. InputError for anything else."""
     sizes: dict[str, int] = {}

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from jax.sharding import AbstractMesh
 
 from dflash_jax import cli
 from dflash_jax.abstract import build
@@ -15,7 +14,7 @@ from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.plan import Request, part_of, plan
 from dflash_jax.roofline import chosen_share, roofline
-from dflash_jax.sharding import MESH_AXES
+from dflash_jax.sharding import abstract_mesh
 from dflash_jax.topology import CHIPS, has_compiler
 
 CONFIGS = Path(__file__).parents[1] / "docs" / "configs"
@@ -48,14 +47,10 @@ def small(tmp_path_factory):
     return {"target": folder / "target", "drafter": folder / "drafter" / "config.json"}  # a folder, and a file
 
 
-def mesh(**sizes):
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
-
-
 def parts_of(paths, kind="round", batch=1, context=1024, width=16, **sizes):
     target, drafter = (json.loads(_file(paths[name]).read_text()) for name in ("target", "drafter"))
     target, drafter = TargetConfig.from_dict(target), DrafterConfig.from_dict(drafter)
-    program = build(target, drafter, mesh(**sizes), kind, batch, context, width)
+    program = build(target, drafter, abstract_mesh(**sizes), kind, batch, context, width)
     found = roofline(target, None if kind == "plain" else drafter, program, program.rows)
     return program, {part.name: part for part in found}
 

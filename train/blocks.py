@@ -46,7 +46,7 @@ def block_hidden(
 
     def attend(i: int, h: Float[Array, "B A W D"]) -> Float[Array, "B A W NH"]:
         q, k, v = drafter.heads(i, h)
-        ctx_k, ctx_v = context[i].keys.swapaxes(1, 2), context[i].values.swapaxes(1, 2)
+        ctx_k, ctx_v = (with_copies(x) for x in context[i])
         options = {"causal": c.causal[i], "window": drafter.window(i), "scale": c.head_dim**-0.5}
 
         def on_shard(*given: Array) -> Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from dflash_jax.decoding.output import Generation, Output, Piece
-from dflash_jax.decoding.prefill import capacity, prefill
+from dflash_jax.decoding.prefill import capacity, chunk_size, prefill
 from dflash_jax.decoding.round import DecodeState, decode_round
 from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.errors import InputError
@@ -165,6 +165,7 @@ class _Run:
         stops = np.full((len(ids), max(8, len(ends))), -1, np.int32)
         stops[:, : len(ends)] = ends
         self.outputs = [Output(pair.tokenizer, int(n), self.stop_texts, set(ends)) for n in lengths]
+        self.chunk = chunk_size(int(lengths.max()))
         inputs = jax.tree.map(lambda x: _with_spare(x, spare), (tokens, lengths, limit, stops, sampling))
         inputs[2][len(ids) :] = 0  # spare rows are finished before they start
         *self.inputs, self.sampling = pair.put(inputs)
@@ -172,7 +173,7 @@ class _Run:
     def dispatches(self, rounds: Iterator[int]) -> Iterator[None]:
         """Prefill, then dispatches of rounds until all is finished; the host sees the output after each."""
         with self.pair.on_mesh():
-            state = prefill(self.graph, self.weights, *self.inputs, self.sampling, self.width)
+            state = prefill(self.graph, self.weights, *self.inputs, self.sampling, self.width, self.chunk)
         while True:
             done = self._look(state)
             yield

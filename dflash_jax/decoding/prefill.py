@@ -15,7 +15,12 @@ from dflash_jax.decoding.sampling import History, Sampling
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 
-CHUNK = 128  # prompt rows a pass
+CHUNK, SHORT = 128, 32  # prompt rows a pass; of prompts that are all short, all in one pass
+
+
+def chunk_size(longest: int) -> int:
+    """Prompt rows a pass for prompts of up to `longest` tokens."""
+    return SHORT if longest <= SHORT else CHUNK
 
 
 def capacity(longest: int) -> int:
@@ -26,7 +31,7 @@ def capacity(longest: int) -> int:
     return size
 
 
-@partial(jax.jit, static_argnames=("graph", "width"))
+@partial(jax.jit, static_argnames=("graph", "width", "chunk"))
 def prefill(
     graph: nnx.GraphDef,
     weights: nnx.State,
@@ -36,10 +41,11 @@ def prefill(
     stops: Int[Array, "B E"],
     sampling: Sampling | None,
     width: int,
+    chunk: int,
 ) -> DecodeState:
-    """Run the prompts through target and drafter, chunk by chunk, and draw the first token.
+    """Run the prompts through target and drafter, `chunk` rows a pass, and draw the first token.
 
-    S is the capacity; `width` is the number of rows of the rounds to come.
+    S is the capacity, at least `chunk`; `width` is the number of rows of the rounds to come.
     """
     target, drafter = nnx.merge(graph, weights)
     B, S = prompts.shape
@@ -47,8 +53,8 @@ def prefill(
     cache = TargetCache.empty(target.config, B, S, width, dtype)
     draft_cache = None if drafter is None else DrafterCache.empty(drafter.config, B, S, dtype)
     last = jnp.zeros((B, target.config.hidden_size), dtype)
-    chunks = (jnp.max(lengths) + CHUNK - 1) // CHUNK
-    run = partial(_chunk, target, drafter, prompts, lengths)
+    chunks = (jnp.max(lengths) + chunk - 1) // chunk
+    run = partial(_chunk, target, drafter, prompts, lengths, chunk)
     cache, draft_cache, last = jax.lax.fori_loop(0, chunks, run, (cache, draft_cache, last))
     penalised = sampling is not None and sampling.plan.penalties
     state = DecodeState(
@@ -68,14 +74,16 @@ def prefill(
     return emit(state, first.emitted, first.count)
 
 
-def _chunk(target: Target, drafter: Drafter | None, prompts: Array, lengths: Array, i: Array, carry: tuple) -> tuple:
+def _chunk(
+    target: Target, drafter: Drafter | None, prompts: Array, lengths: Array, size: int, i: Array, carry: tuple
+) -> tuple:
     cache, draft_cache, last = carry
-    rows = jax.lax.dynamic_slice_in_dim(prompts, i * CHUNK, CHUNK, axis=1)
-    count = jnp.clip(lengths - i * CHUNK, 0, CHUNK)
+    rows = jax.lax.dynamic_slice_in_dim(prompts, i * size, size, axis=1)
+    count = jnp.clip(lengths - i * size, 0, size)
     taps = () if drafter is None else drafter.config.tap_ids
     out, new = target.prefill(rows, count, cache, tap_ids=taps)
     if drafter is not None and draft_cache is not None:
         draft_cache = draft_cache.commit(drafter.context(out.taps, cache.lengths), cache.lengths, count)
-    ends_here = (count > 0) & (lengths <= (i + 1) * CHUNK)
+    ends_here = (count > 0) & (lengths <= (i + 1) * size)
     end = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return new, draft_cache, jnp.where(ends_here[:, None], end, last)

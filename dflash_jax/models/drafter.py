@@ -17,7 +17,7 @@ from dflash_jax.config import DrafterConfig
 from dflash_jax.models.attention import sharded_attention
 from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation
-from dflash_jax.sharding import shards, with_copies
+from dflash_jax.sharding import shards
 from pallas_kernels.head_sampling import Projection
 
 
@@ -112,8 +112,8 @@ class Drafter(nnx.Module):
 
     def context(
         self, taps: Float[Array, "B T CD"], lengths: Int[Array, "B"], positions: Int[Array, "B T"] | None = None
-    ) -> tuple[KeyValues, ...]:
-        """Keys and values of T context rows for every layer, from one stacked product.
+    ) -> tuple[tuple[Array, Array], ...]:
+        """Keys and values [B, T, K, H] of T context rows for every layer, from one stacked product.
 
         They stand at `lengths[b]` and after, or at the given positions.
         """
@@ -124,11 +124,10 @@ class Drafter(nnx.Module):
         turn = rotation(positions, c.rope, features.dtype)
         keys_values = self.kv_proj(features).reshape(c.num_layers, B, T, 2, c.num_kv_heads, c.head_dim)
 
-        def of_layer(layer: DrafterLayer, kv: Array) -> KeyValues:
-            k, v = rotate(layer.attention.k_norm(kv[:, :, 0]), turn), kv[:, :, 1]
-            return KeyValues(with_copies(k).swapaxes(1, 2), with_copies(v).swapaxes(1, 2))
-
-        return tuple(of_layer(layer, kv) for layer, kv in zip(self.layers, keys_values, strict=True))
+        return tuple(
+            (rotate(layer.attention.k_norm(kv[:, :, 0]), turn), kv[:, :, 1])
+            for layer, kv in zip(self.layers, keys_values, strict=True)
+        )
 
     def __call__(
         self, x: Float[Array, "B W D"], cache: DrafterCache, lengths: Int[Array, "B"]

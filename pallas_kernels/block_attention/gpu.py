@@ -78,8 +78,7 @@ def attend(
 ) -> tuple[Array, Array, Array]:
     """What `reference.attend` computes."""
     packed = keys.shape[3] // q.shape[3]
-    if packed > 1:
-        q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
+    q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
     own_keys, own_values = (rows.swapaxes(1, 2).astype(keys.dtype) for rows in (block_keys, block_values))
     if write:
         keys = write_rows(keys, own_keys, lengths, page_table=page_table)
@@ -112,7 +111,7 @@ def attend(
     )
     out = out[0] if s.splits == 1 else jnp.sum(out * jax.nn.softmax(stats, 0)[..., None], 0)
     out = out[:, :, : W * G].reshape(B, K, W, G, H).transpose(0, 2, 1, 3, 4).reshape(B, W, N, H).astype(q.dtype)
-    return one_head(out, K, packed) if packed > 1 else out, keys, values
+    return one_head(out, K, packed), keys, values
 
 
 def padded(x: Array, *sizes: tuple[int, int], fill: float = 0) -> Array:

@@ -1,5 +1,7 @@
 """Attention of a block of rows against a cache and against itself: the definition, in jnp."""
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -17,25 +19,29 @@ def visible(
     window: int | None,
     mask: Bool[Array, "#B W W"] | None = None,
     depths: Int[Array, "#B W"] | None = None,
+    own: bool = True,
 ) -> Bool[Array, "B W S"]:
-    """Which cache positions a row sees, once the block lies behind the committed rows.
+    """Which cache positions a row sees: what is committed, and, where it lies behind that (`own`), of the block.
 
-    Without a mask row i stands at `lengths[b] + i`, and sees what is committed, and the block up to itself (causal) or
-    all of it. With a mask it stands at `lengths[b] + depths[b, i]`, and sees those rows of the block that the mask
-    names. A window counts the row itself, and bounds what lies before it.
+    Without a mask row i stands at `lengths[b] + i`, and sees the block up to itself (causal) or all of it. With a mask
+    it stands at `lengths[b] + depths[b, i]`, and sees those rows of the block that the mask names. A window counts the
+    row itself, and bounds what lies before it.
     """
     s = jnp.arange(capacity)
-    if mask is None:
-        positions = (lengths[:, None] + jnp.arange(rows))[:, :, None]
-        last = positions if causal else (lengths + rows - 1)[:, None, None]
-        seen = jnp.broadcast_to(s <= last, (lengths.shape[0], rows, capacity))
-        return seen if window is None else seen & (s > positions - window)
     depth = jnp.arange(rows)[None] if depths is None else depths
-    seen = jnp.broadcast_to(s < lengths[:, None, None], (lengths.shape[0], rows, capacity))
-    if window is not None:
-        seen &= s > (lengths[:, None] + depth)[:, :, None] - window
-    own = jnp.broadcast_to(own_mask(rows, causal, window, mask, depths), (lengths.shape[0], rows, rows))
-    return jax.vmap(lambda seen, own, n: jax.lax.dynamic_update_slice_in_dim(seen, own, n, axis=1))(seen, own, lengths)
+    positions = (lengths[:, None] + depth)[:, :, None]
+    if mask is None and own:
+        last = positions if causal else (lengths + rows - 1)[:, None, None]
+        seen = s <= last
+    else:
+        seen = s < lengths[:, None, None]
+    seen = jnp.broadcast_to(seen if window is None else seen & (s > positions - window), (len(lengths), rows, capacity))
+    if mask is None or not own:
+        return seen
+    block = jnp.broadcast_to(own_mask(rows, causal, window, mask, depths), (len(lengths), rows, rows))
+    return jax.vmap(lambda seen, own, n: jax.lax.dynamic_update_slice_in_dim(seen, own, n, axis=1))(
+        seen, block, lengths
+    )
 
 
 def own_mask(
@@ -70,35 +76,35 @@ def attend(
     soft_cap: float | None,
     write: bool,
 ) -> tuple[Float[Array, "B W N H"], Float[Array, "P K S H"], Float[Array, "P K S H"]]:
-    """The definition of `block_attention`: place the rows behind the committed ones, attend once."""
+    """The definition of `block_attention`: rows that are written lie behind the committed ones, others stay apart."""
     packed = keys.shape[3] // q.shape[3]
-    if packed > 1:
-        q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
+    q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
     B, W = q.shape[:2]
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
-    if not keys.shape[2]:
-        seen = visible(jnp.zeros(B, jnp.int32), W, W, causal, window, mask, depths)
-        return masked_attention(q, *own, seen, scale, soft_cap, sinks), keys, values
-
-    def place(cache: Array, rows: Array) -> Array:
-        dense = cache if page_table is None else gather_pages(cache, page_table, lengths, W)
-        return write_rows(dense, rows, lengths)
-
-    all_keys, all_values = place(keys, own[0]), place(values, own[1])
-    seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
-    out = masked_attention(q, all_keys, all_values, seen, scale, soft_cap, sinks)
-    if packed > 1:
-        out = one_head(out, keys.shape[1], packed)
-    if not write:
-        return out, keys, values
-    if page_table is None:
-        return out, all_keys, all_values
-    keys, values = (write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True))
+    taken = write and keys.shape[2] > 0
+    caches = keys, values
+    if page_table is not None:
+        caches = tuple(gather_pages(c, page_table, lengths, W) for c in caches)
+    if taken:
+        caches = tuple(write_rows(c, r, lengths) for c, r in zip(caches, own, strict=True))
+    seen = visible(lengths, W, caches[0].shape[2], causal, window, mask, depths, own=taken)
+    parts = [(*caches, seen)] if caches[0].shape[2] else []
+    if not taken:
+        parts.append((*own, jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))))
+    out = one_head(masked_attention(q, parts, scale, soft_cap, sinks), keys.shape[1], packed)
+    if taken and page_table is None:
+        keys, values = caches
+    elif taken:
+        keys, values = (
+            write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True)
+        )
     return out, keys, values
 
 
 def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
     """The same attention with fewer, longer key heads: a query is zero where the other heads' numbers lie."""
+    if packed == 1:
+        return q, block_keys, block_values
     (B, W, N, H), K = q.shape, block_keys.shape[2] // packed
     apart = q.reshape(B, W, K, packed, N // K // packed, 1, H)
     own = jnp.eye(packed, dtype=bool)[:, None, :, None]
@@ -108,33 +114,40 @@ def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) 
 
 def one_head(out: Array, kv_heads: int, packed: int) -> Array:
     """Of each query head's output the numbers of its own key head."""
+    if packed == 1:
+        return out
     B, W, N, H = out.shape
     out = out.reshape(B, W, kv_heads, packed, N // kv_heads // packed, packed, H // packed)
     return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)
 
 
 def masked_attention(
-    q: Array, keys: Array, values: Array, mask: Array, scale: float, soft_cap: float | None, sinks: Array | None
+    q: Array, parts: list[tuple[Array, Array, Array]], scale: float, soft_cap: float | None, sinks: Array | None
 ) -> Array:
-    """q [B W N H] against keys and values [B K S H], of which row w sees mask [B W S]; fp32 inside."""
+    """q [B W N H] against parts of keys and values [B K S H], of which row w sees mask [B W S]; fp32 inside."""
     B, W, N, H = q.shape
-    K = keys.shape[1]
+    K = parts[0][0].shape[1]
     G = N // K
     grouped = q.reshape(B, W, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * W, H)
-    # Keys on the left: with them on the right the CPU packs the whole cache anew (4x slower at 512 positions).
-    scores = jnp.einsum("bksh,bkrh->bksr", keys, grouped, preferred_element_type=jnp.float32).swapaxes(2, 3) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, W, -1), HIDDEN)
-    top = jnp.max(scores, -1)
+
+    def score(keys: Array, mask: Array) -> Array:
+        # Keys on the left: with them on the right the CPU packs the whole cache anew (4x slower at 512 positions).
+        x = jnp.einsum("bksh,bkrh->bksr", keys, grouped, preferred_element_type=jnp.float32).swapaxes(2, 3) * scale
+        x = x if soft_cap is None else soft_cap * jnp.tanh(x / soft_cap)
+        return jnp.where(mask[:, None, None], x.reshape(B, K, G, W, -1), HIDDEN)
+
+    scores = [score(keys, mask) for keys, _, mask in parts]
+    top = reduce(jnp.maximum, (jnp.max(x, -1) for x in scores))
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, G, 1)
     top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
-    weights = jnp.exp(scores - top[..., None])
-    total = jnp.sum(weights, -1)
+    weights = [jnp.exp(x - top[..., None]) for x in scores]
+    total = reduce(jnp.add, (jnp.sum(x, -1) for x in weights))
     total = total if sink is None else total + jnp.exp(sink - top)
-    out = jnp.einsum(
-        "bkrs,bksh->bkrh", weights.reshape(B, K, G * W, -1).astype(values.dtype), values,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+
+    def weigh(x: Array, values: Array) -> Array:
+        x = x.reshape(B, K, G * W, -1).astype(values.dtype)
+        return jnp.einsum("bkrs,bksh->bkrh", x, values, preferred_element_type=jnp.float32)
+
+    out = reduce(jnp.add, (weigh(x, values) for x, (_, values, _) in zip(weights, parts, strict=True)))
     out = out.reshape(B, K, G, W, H) / total[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, W, N, H).astype(q.dtype)

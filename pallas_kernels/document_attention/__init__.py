@@ -49,7 +49,7 @@ def _reference(
         seen = (own[:, :, None] == documents[:, None]) & (at[0][:, None] >= t)
         if window is not None:
             seen &= at[0][:, None] - t < window
-        return masked_attention(q, keys, values, seen, scale, None, sinks)
+        return masked_attention(q, [(keys, values, seen)], scale, None, sinks)
 
     count = max(1, min(T, SCORES // (B * N * T)))
     if count == T:

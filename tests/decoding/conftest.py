@@ -5,12 +5,11 @@ from dflash_jax.decoding import prefill
 
 @pytest.fixture(scope="module")
 def small_chunks():
-    """Prompt chunks of 8 rows: short prompts cross every boundary. Programs keep the size they were traced with."""
+    """Prompt chunks of 8 rows: short prompts cross every boundary."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "CHUNK", 8)
-        prefill.prefill.clear_cache()
+        patch.setattr(prefill, "SHORT", 4)
         yield
-    prefill.prefill.clear_cache()
 
 
 @pytest.fixture

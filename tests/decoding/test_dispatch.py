@@ -19,7 +19,7 @@ HOST = re.compile("callback|infeed|outfeed|stablehlo.send|stablehlo.recv")
 def begin(settings):
     """The arguments of the first dispatch, all on the device."""
     run = _Run(pairs.pair("qwen3_5_moe"), pairs.prompts([3, 9]), NEW, settings, (), True, None)
-    state = generate_module.prefill(run.graph, run.weights, *run.inputs, run.sampling, run.width)
+    state = generate_module.prefill(run.graph, run.weights, *run.inputs, run.sampling, run.width, run.chunk)
     return run.graph, run.weights, state, run.sampling, jax.device_put(np.int32(6)), run.width
 
 
@@ -68,7 +68,8 @@ def test_nothing_is_compiled_again(settings, caplog):
 
     run_rounds.clear_cache()
     assert any("run_rounds" in text for text in compilations([3, 9], NEW))
-    assert not compilations([3, 9], NEW)
+    compilations([33, 9], NEW)  # prompts that are all short have a prefill of their own
+    assert not compilations([9, 32], NEW)
     assert not compilations([1, 130], NEW + 7)
     assert not compilations([200, 2], 3, stop=[2, 4])
     if settings:
