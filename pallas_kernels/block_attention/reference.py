@@ -1,5 +1,7 @@
 """Attention of a block of rows against a cache and against itself: the definition, in jnp."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -7,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.block_attention.rows import gather_pages, write_rows
 
 HIDDEN = -1e30  # a finite score: a row without any visible key stays finite
+LEAST_GATHERED = 256  # rows of a sequence below which it does not pay to gather fewer
 
 
 def visible(
@@ -80,19 +83,34 @@ def attend(
         out = _softmax(q, *own, seen, scale, soft_cap, sinks)
         return one_head(out, keys.shape[1], packed), keys, values
 
-    def place(cache: Array, rows: Array) -> Array:
-        dense = cache if page_table is None else gather_pages(cache, page_table, lengths, W)
-        return write_rows(dense, rows, lengths)
+    def read(table: Array | None) -> tuple[Array, Array, Array]:
+        caches = (c if table is None else gather_pages(c, table, lengths, W) for c in (keys, values))
+        all_keys, all_values = (write_rows(c, rows, lengths) for c, rows in zip(caches, own, strict=True))
+        seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
+        out = _softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks)
+        return one_head(out, keys.shape[1], packed), all_keys, all_values
 
-    all_keys, all_values = place(keys, own[0]), place(values, own[1])
-    seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths)
-    out = one_head(_softmax(q, all_keys, all_values, seen, scale, soft_cap, sinks), keys.shape[1], packed)
-    if not write:
-        return out, keys, values
     if page_table is None:
-        return out, all_keys, all_values
-    keys, values = (write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True))
-    return out, keys, values
+        out, *caches = read(None)
+    else:
+        out = _by_longest(lengths, page_table, keys.shape[2], lambda table: read(table)[0])
+        caches = [write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True)]
+    return (out, caches[0], caches[1]) if write else (out, keys, values)
+
+
+def _by_longest(
+    lengths: Int[Array, "B"], page_table: Int[Array, "B n"], page: int, read: Callable[[Array], Array]
+) -> Array:
+    """`read` of the page table's first columns: half of them, a quarter, and so on, as long as no sequence has more.
+
+    What is gathered then follows the longest sequence that has pages, and not the most that one could have.
+    """
+    columns = [page_table.shape[1]]
+    while columns[-1] * page > LEAST_GATHERED:
+        columns.append(-(-columns[-1] // 2))
+    longest = jnp.max(jnp.where(page_table[:, 0] >= 0, lengths, 0))
+    index = jnp.sum(jnp.asarray([longest <= n * page for n in columns[1:]], jnp.int32)) if columns[1:] else 0
+    return jax.lax.switch(index, [lambda n=n: read(page_table[:, :n]) for n in columns])
 
 
 def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
