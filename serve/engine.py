@@ -195,8 +195,8 @@ class Engine:
 
     def _reserve(self, rows: list[Running]) -> tuple[Plan, list[tuple[int, int, int]]] | None:
         """A plan with pages for all that may come of it, the new ones as deltas; None: there are too few."""
-        plan = self._plan(rows)
-        for plan in (plan, plan.of(rounds=1)):
+        first = self._plan(rows)
+        for plan in (first, first.of(rounds=1)):
             if (deltas := self.scheduler.reserve(rows, plan.rounds * plan.width)) is not None:
                 return plan, deltas
         return None
