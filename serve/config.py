@@ -114,7 +114,7 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
         raise InputError("the first of the plans is greedy, and one of them has to take temperature and filters")
     settings = any(plan.penalties or plan.bias for plan in plans)
     least = -(-length // c.page_size)
-    pages = c.pages or c.slots * least
+    pages = c.pages or c.slots * least + 1  # one more: see `Scheduler.admit`
     sizes = Sizes(c.slots, length, widths[-1], c.rounds, pages, c.page_size, c.checkpoints, settings)
     if c.memory_bytes is not None:
         within = memory_of(pair, sizes).pages_within(c.memory_bytes, least)
