@@ -206,9 +206,12 @@ def _plan(options: PlanOptions) -> int:
 
     given: dict[str, Any] = dataclasses.asdict(options)
     as_json = given.pop("json")
+    trained = None
+    if options.program == "train":
+        from train.plan import planned as trained
     with Screen(sys.stdout) as screen:
         screen.wait("compiling, which takes minutes for a large model")
-        result = plan(Request(**given))
+        result = plan(Request(**given), trained)
     if as_json:
         print(json.dumps(result))
         return 0

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.cache import KeyValues
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.layers import RMSNorm, Rotation, linear, rotate
-from dflash_jax.sharding import per_shard, with_copies
+from dflash_jax.sharding import per_shard, shards, with_copies
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.document_attention import document_attention
 
@@ -23,6 +23,7 @@ def sharded_attention(
     k: Float[Array, "B W K H"],
     v: Float[Array, "B W K H"],
     lengths: Int[Array, "B"],
+    page_table: Int[Array, "B n"] | None = None,
     *,
     sinks: Float[Array, "N"] | None = None,
     **options: Any,
@@ -30,16 +31,22 @@ def sharded_attention(
     """`block_attention` on every device's own sequences and heads; arguments and results as there.
 
     Where there are fewer KV heads than the axis is long, each is copied, so that a shard has just the one it needs.
+    Pages belong to no sequence: ValueError for a page table on a mesh that spreads the batch.
     """
     k, v = with_copies(k), with_copies(v)
+    if page_table is not None and shards("batch") > 1:
+        raise ValueError("a paged cache takes a mesh whose axes data and fsdp have size 1")
 
-    def attend(q: Array, keys: Array, values: Array, k: Array, v: Array, lengths: Array, sinks: Array | None) -> Any:
-        return block_attention(q, keys, values, k, v, lengths, sinks=sinks, **options)
+    def attend(
+        q: Array, keys: Array, values: Array, k: Array, v: Array, lengths: Array, table: Array | None, sinks: Any
+    ) -> Any:
+        return block_attention(q, keys, values, k, v, lengths, page_table=table, sinks=sinks, **options)
 
     queries, rows = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-    cached = ("batch", "kv_heads", None, None)
-    inputs = [queries, cached, cached, rows, rows, ("batch",), ("heads",)]
-    return per_shard(attend, inputs, (queries, cached, cached))(q, cache.keys, cache.values, k, v, lengths, sinks)
+    cached = ("batch" if page_table is None else None, "kv_heads", None, None)
+    inputs = [queries, cached, cached, rows, rows, ("batch",), ("batch", None), ("heads",)]
+    arrays = q, cache.keys, cache.values, k, v, lengths, page_table, sinks
+    return per_shard(attend, inputs, (queries, cached, cached))(*arrays)
 
 
 def packed_attention(
@@ -66,6 +73,7 @@ class Place:
     count: Int[Array, "B"]  # how many of the rows are real
     rotation: Rotation
     segments: Int[Array, "B W"] | None = None  # the documents in a row; None: one
+    page_table: Int[Array, "B n"] | None = None
 
 
 class Attention(nnx.Module):
@@ -105,7 +113,7 @@ class Attention(nnx.Module):
             "sinks": None if self.sinks is None else self.sinks[...],
         }
         if place.segments is None:
-            out, *rows = sharded_attention(q, cache, k, v, place.lengths, causal=True, **options)
+            out, *rows = sharded_attention(q, cache, k, v, place.lengths, place.page_table, causal=True, **options)
             cache = KeyValues(*rows)
         else:
             out = packed_attention(q, k, v, place.segments, **options)

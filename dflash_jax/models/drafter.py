@@ -130,7 +130,11 @@ class Drafter(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B W D"], cache: DrafterCache, lengths: Int[Array, "B"]
+        self,
+        x: Float[Array, "B W D"],
+        cache: DrafterCache,
+        lengths: Int[Array, "B"],
+        page_table: Int[Array, "B n"] | None = None,
     ) -> Float[Array, "B W D"]:
         """Hidden states of the block after the final norm; x are its embeddings. Nothing of the block is kept."""
         c = self.config
@@ -138,14 +142,16 @@ class Drafter(nnx.Module):
         turn = rotation(lengths[:, None] + jnp.arange(x.shape[1]), c.rope, x.dtype)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"draft{i}"):
-                x = layer(x, lambda h, i=i: self._attend(i, h, cache.layers[i], lengths, turn))
+                x = layer(x, lambda h, i=i: self._attend(i, h, cache.layers[i], lengths, page_table, turn))
         return self.norm(x)
 
-    def _attend(self, i: int, h: Array, cache: KeyValues, lengths: Array, turn: Rotation) -> Array:
+    def _attend(
+        self, i: int, h: Array, cache: KeyValues, lengths: Array, page_table: Array | None, turn: Rotation
+    ) -> Array:
         c, (B, W, _) = self.config, h.shape
         q, k, v = self.heads(i, h)
         out, *_ = sharded_attention(
-            rotate(q, turn), cache, rotate(k, turn), v, lengths,
+            rotate(q, turn), cache, rotate(k, turn), v, lengths, page_table,
             causal=c.causal[i], scale=c.head_dim**-0.5, window=self.window(i), write=False,
         )  # fmt: skip
         return out.reshape(B, W, -1)

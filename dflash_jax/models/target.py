@@ -1,7 +1,7 @@
 """The target: a decoder whose layers, norms, attention and MLPs are chosen by its configuration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -89,7 +89,8 @@ class Target(nnx.Module):
         """Run W rows, the first `count[b]` of them real."""
         at = cache.lengths[:, None] + jnp.arange(tokens.shape[1]) if segments is None else positions(segments)
         x = self.lookup(tokens)
-        place = Place(cache.lengths, count, rotation(at, self.config.rope, x.dtype), segments)
+        turn = rotation(at, self.config.rope, x.dtype)
+        place = Place(cache.lengths, count, turn, segments, cache.page_table)
         taps, layers, routers = {}, [], []
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer{i}"):
@@ -111,7 +112,7 @@ class Target(nnx.Module):
     ) -> tuple[Forward, TargetCache]:
         """Run and commit the first `count[b]` of W known tokens a sequence."""
         out = self(tokens, cache, count, tap_ids=tap_ids, deferred=False)
-        return out, TargetCache(cache.lengths + count, out.layers)
+        return out, replace(cache, lengths=cache.lengths + count, layers=out.layers)
 
     def sequence(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None, *, tap_ids: Sequence[int] = ()
