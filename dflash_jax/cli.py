@@ -54,7 +54,7 @@ class PlanOptions:
     drafter: str | None = option(None, "the drafter's config.json, or a folder with one", metavar="PATH")
     topology: str = option("tpu7x:2x2x2", "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2, h100:8")
     mesh: str = option("", "sizes of data, fsdp, expert, tensor, as in expert=4,tensor=4; all on tensor if left out")
-    program: str = option("round", "round, plain (one token at a time) or prefill")
+    program: str = option("round", "round, plain (one token at a time), prefill, or train (a step of the trainer)")
     batch: int = option(1, "sequences", metavar="N")
     context: int = option(32768, "tokens of context", metavar="N")
     width: int | None = option(None, "rows a round, the anchor included; the drafter's block if left out", metavar="W")
