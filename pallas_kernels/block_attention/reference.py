@@ -88,9 +88,9 @@ def attend(
     if taken:
         caches = tuple(write_rows(c, r, lengths) for c, r in zip(caches, own, strict=True))
     seen = visible(lengths, W, caches[0].shape[2], causal, window, mask, depths, own=taken)
-    parts = [(*caches, seen)] if caches[0].shape[2] else []
+    parts = [(caches[0], caches[1], seen)] if caches[0].shape[2] else []
     if not taken:
-        parts.append((*own, jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))))
+        parts.append((own[0], own[1], jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))))
     out = one_head(_softmax(q, parts, scale, soft_cap, sinks), keys.shape[1], packed)
     if taken and page_table is None:
         keys, values = caches
