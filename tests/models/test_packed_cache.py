@@ -1,5 +1,6 @@
 """Heads of 64 numbers in bfloat16 lie two by two in the cache, and nothing else changes."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.decoding.round import decode_round
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
+from dflash_jax.sharding import abstract_mesh
 from tests.checkpoints.folders import DRAFTERS, TARGETS, random_leaves
 
 HEADS = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -65,6 +67,13 @@ def test_packed_equals_apart(monkeypatch):
             held = np.asarray(held, np.float32).reshape(B, CAPACITY, 2, 64).swapaxes(1, 2)
             for b, n in enumerate(np.asarray(cache.lengths)):
                 np.testing.assert_allclose(held[b, :, :n], np.asarray(alone, np.float32)[b, :, :n], atol=0.05)
+
+
+@pytest.mark.parametrize(("heads", "tensor", "together"), [(2, 1, 2), (4, 2, 2), (2, 2, 1), (3, 1, 1)])
+def test_a_pair_is_of_one_shard(heads, tensor, together):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(tensor=tensor)):
+        cache = jax.eval_shape(lambda: DrafterCache.empty(replace(DRAFTER, num_kv_heads=heads), B, 8, jnp.bfloat16))
+    assert cache.layers[0].keys.shape == (B, heads // together, 8, together * 64)
 
 
 @pytest.mark.parametrize("packed", [True, False])
