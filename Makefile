@@ -40,7 +40,7 @@ aot: $(VENVAOT)/.installed  ## compile every kernel, and a small model's round, 
 plan-docs: $(VENVAOT)/.installed  ## plan Qwen3.5-397B-A17B for three topologies; writes docs/plan.md (an hour)
 	$(VENVAOT)/bin/python -m benchmarks.plan_docs
 
-embedded: $(VENV)/.installed  ## train the embedded pair again
+embedded: $(VENV)/.installed-train  ## train the embedded pair again
 	$(BIN)/python -m train.embedded
 
 clean:  ## remove what the targets installed

@@ -19,7 +19,7 @@ from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 from dflash_jax.sharding import RULES, AnyMesh, Axis, placement, state_shardings
 
-ProgramKind = Literal["round", "plain", "prefill"]
+ProgramKind = Literal["round", "plain", "prefill", "train"]
 DTYPE = jnp.bfloat16
 STOPS = 8  # end tokens that a request may have
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.config import DrafterConfig, GatedDeltaConfig, TargetConfig
 from dflash_jax.sharding import constrain, kv_copies, shards, with_copies
 from pallas_kernels.block_attention import write_rows
-from pallas_kernels.gated_delta import Pending, Rows, conv_tail
+from pallas_kernels.gated_delta import Pending, Rows, conv_tail, fold
 
 
 def side_by_side(heads: int, head_dim: int, dtype: jnp.dtype) -> int:
@@ -84,6 +84,16 @@ class Recurrence:
             pending=jax.tree.map(lambda x: constrain(x, "batch", "key_heads", "..."), pending),
         )
 
+    def fitted(self, rows: int) -> "Recurrence":
+        """The same with room for `rows` pending rows: more get weight 0; for fewer, those there are folded in."""
+        p = self.pending
+        spare = rows - p.weight.shape[2]
+        if spare >= 0:
+            k, u, weight = (jnp.pad(x, [(0, 0), (0, 0), (0, spare), (0, 0)][: x.ndim]) for x in (p.k, p.u, p.weight))
+            return replace(self, pending=Pending(k, u, weight, p.fold))
+        k, u, weight = (jnp.zeros_like(x[:, :, :rows]) for x in (p.k, p.u, p.weight))
+        return replace(self, state=fold(self.state, p), pending=Pending(k, u, weight, jnp.ones_like(p.fold)))
+
     def after(self, state: Array, mixed: Array, count: Int[Array, "B"]) -> "Recurrence":
         """`state` holds the first `count[b]` rows of `mixed`, nothing is pending."""
         pending = jax.tree.map(jnp.zeros_like, self.pending)
@@ -109,17 +119,31 @@ class TargetCache:
 
     lengths: Int[Array, "B"]
     layers: tuple[KeyValues | Recurrence, ...]
+    page_table: Int[Array, "B n"] | None = None  # pages of each sequence, -1 for none yet; None: a dense cache
 
     @classmethod
-    def empty(cls, config: TargetConfig, batch: int, capacity: int, rows: int, dtype: jnp.dtype) -> "TargetCache":
-        """For `capacity` tokens a sequence, and blocks of `rows` in the rounds."""
+    def empty(
+        cls,
+        config: TargetConfig,
+        batch: int,
+        capacity: int,
+        rows: int,
+        dtype: jnp.dtype,
+        pages: tuple[int, int] | None = None,
+    ) -> "TargetCache":
+        """For `capacity` tokens a sequence, and blocks of `rows` in the rounds.
+
+        `pages` is (how many there are, rows of one) for a paged cache, whose sequences have no page yet.
+        """
+        entries, room = (batch, capacity) if pages is None else pages
 
         def layer(kind: str) -> KeyValues | Recurrence:
             if kind == "linear_attention" and config.gated_delta is not None:
                 return Recurrence.empty(config.gated_delta, batch, rows, dtype)
-            return KeyValues.empty(batch, config.num_kv_heads, capacity, config.head_dim, dtype)
+            return KeyValues.empty(entries, config.num_kv_heads, room, config.head_dim, dtype)
 
-        return cls(jnp.zeros(batch, jnp.int32), tuple(layer(kind) for kind in config.layer_types))
+        table = None if pages is None else jnp.full((batch, -(-capacity // room)), -1, jnp.int32)
+        return cls(jnp.zeros(batch, jnp.int32), tuple(layer(kind) for kind in config.layer_types), table)
 
     def commit(self, rows: tuple[Any, ...], count: Int[Array, "B"]) -> "TargetCache":
         """Keep the first `count[b]` rows of the block that `Target.verify` ran; the rest never was.
@@ -128,7 +152,33 @@ class TargetCache:
         layers.
         """
         layers = (layer.commit(new, self.lengths, count) for layer, new in zip(self.layers, rows, strict=True))
-        return TargetCache(self.lengths + count, tuple(layers))
+        return replace(self, lengths=self.lengths + count, layers=tuple(layers))
+
+    def take(self, slots: Int[Array, "B"]) -> "TargetCache":
+        """Some of the sequences as a batch of their own. Pages stay where they are."""
+        layers = (x if isinstance(x, KeyValues) else _rows_of(x, slots) for x in self.layers)
+        return TargetCache(self.lengths[slots], tuple(layers), _rows_of(self.page_table, slots))
+
+    def put(self, part: "TargetCache", slots: Int[Array, "B"]) -> "TargetCache":
+        """`part`, which was taken, back in its place; a slot past the last is dropped. Page tables stay as they are."""
+        layers = (
+            new if isinstance(new, KeyValues) else _with_rows(old, new, slots)
+            for old, new in zip(self.layers, part.layers, strict=True)
+        )
+        return replace(self, lengths=_with_rows(self.lengths, part.lengths, slots), layers=tuple(layers))
+
+    def fitted(self, rows: int) -> "TargetCache":
+        """The same for rounds of `rows` rows."""
+        layers = (x.fitted(rows) if isinstance(x, Recurrence) else x for x in self.layers)
+        return replace(self, layers=tuple(layers))
+
+
+def _rows_of(tree: Any, slots: Array) -> Any:
+    return jax.tree.map(lambda x: x[slots], tree)
+
+
+def _with_rows(tree: Any, part: Any, slots: Array) -> Any:
+    return jax.tree.map(lambda x, new: x.at[slots].set(new, mode="drop"), tree, part)
 
 
 @jax.tree_util.register_dataclass
@@ -144,14 +194,21 @@ class DrafterCache:
         return cls((layer,) * config.num_layers)
 
     def commit(
-        self, rows: tuple[tuple[Array, Array], ...], lengths: Int[Array, "B"], count: Int[Array, "B"]
+        self,
+        rows: tuple[tuple[Array, Array], ...],
+        lengths: Int[Array, "B"],
+        count: Int[Array, "B"],
+        page_table: Int[Array, "B n"] | None = None,
     ) -> "DrafterCache":
-        """Write the first `count[b]` context rows of every layer, keys and values [B, T, K, H], at `lengths[b]`."""
+        """Write the first `count[b]` context rows of every layer, keys and values [B, T, K, H], at `lengths[b]`.
+
+        With the target's `page_table` the caches hold pages, the target's own.
+        """
 
         def of_layer(cache: KeyValues, keys: Array, values: Array) -> KeyValues:
             return KeyValues(
-                write_rows(cache.keys, cache.placed(keys), lengths, count),
-                write_rows(cache.values, cache.placed(values), lengths, count),
+                write_rows(cache.keys, cache.placed(keys), lengths, count, page_table=page_table),
+                write_rows(cache.values, cache.placed(values), lengths, count, page_table=page_table),
             )
 
         return DrafterCache(tuple(of_layer(c, *kv) for c, kv in zip(self.layers, rows, strict=True)))

@@ -54,7 +54,7 @@ class PlanOptions:
     drafter: str | None = option(None, "the drafter's config.json, or a folder with one", metavar="PATH")
     topology: str = option("tpu7x:2x2x2", "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2, h100:8")
     mesh: str = option("", "sizes of data, fsdp, expert, tensor, as in expert=4,tensor=4; all on tensor if left out")
-    program: str = option("round", "round, plain (one token at a time) or prefill")
+    program: str = option("round", "round, plain (one token at a time), prefill, or train (a step of the trainer)")
     batch: int = option(1, "sequences", metavar="N")
     context: int = option(32768, "tokens of context", metavar="N")
     width: int | None = option(None, "rows a round, the anchor included; the drafter's block if left out", metavar="W")
@@ -66,7 +66,9 @@ class PlanOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 2 for input that cannot work, 130 when interrupted."""
     try:
-        values = _parser().parse_args(argv)
+        values = _parser().parse_args(_flags_first(argv))
+        if values.subcommand == "train":
+            return _train(values.train)
         if values.subcommand == "plan":
             return _plan(read_options(PlanOptions, values.plan))
         return _generate(read_options(GenerateOptions, values.generate))
@@ -96,12 +98,34 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("generate", parser_for(GenerateOptions, "dflash generate"), help="complete a prompt")
     commands.add_subcommand("plan", parser_for(PlanOptions, "dflash plan"), help="compile for accelerators by name")
+    commands.add_subcommand("train", _train_parser(), help="train a drafter from a configuration file")
+    return parser
+
+
+def _flags_first(argv: Sequence[str] | None) -> list[str]:
+    """`train` takes any number of key=value, and flags before and behind them; argparse wants the flags first."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return given[:1] + sorted(given[1:], key=lambda word: word[:1] != "-") if given[:1] == ["train"] else given
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="dflash train",
+        description="Train a drafter for a target, or only let the target write the responses that it learns from.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    parser.add_argument("what", choices=("drafter", "responses"), help="drafter, or responses: its first part alone")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run, as described in docs/training.md")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to it, as training.loop.steps=100")
+    parser.add_argument("--check", action="store_true", help="read and print the whole configuration, and stop")
     return parser
 
 
 def _command(argv: Sequence[str] | None) -> str:
     given = sys.argv[1:] if argv is None else argv
-    return given[0] if given and given[0] in ("generate", "plan") else "generate"
+    return given[0] if given and given[0] in ("generate", "plan", "train") else "generate"
 
 
 def _readable(message: str) -> str:
@@ -160,6 +184,16 @@ def _generate(options: GenerateOptions) -> int:
     return 0
 
 
+def _train(values: Any) -> int:
+    if values.check:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
+    try:
+        from train.command import train
+    except ModuleNotFoundError as error:
+        raise InputError(f"training needs the package {error.name}; pip install 'dflash-jax[train]'") from error
+    return train(values.what, values.config, values.changes, check=values.check)
+
+
 def _plan(options: PlanOptions) -> int:
     from dflash_jax.topology import parse_topology, prepare, require_compiler
 
@@ -172,9 +206,12 @@ def _plan(options: PlanOptions) -> int:
 
     given: dict[str, Any] = dataclasses.asdict(options)
     as_json = given.pop("json")
+    trained = None
+    if options.program == "train":
+        from train.plan import planned as trained
     with Screen(sys.stdout) as screen:
         screen.wait("compiling, which takes minutes for a large model")
-        result = plan(Request(**given))
+        result = plan(Request(**given), trained)
     if as_json:
         print(json.dumps(result))
         return 0

@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dflash_jax.roofline import Part, mixer_name, mlp_name, roofline, seconds
 from dflash_jax.sharding import RULES, abstract_mesh, make_mesh, mesh_sizes
 from dflash_jax.topology import Topology, parse_topology
 
-KINDS = ("round", "plain", "prefill")
+KINDS = ("round", "plain", "prefill", "train")
 SHOWN = 20  # shapes of temporaries in the result
 
 
@@ -42,13 +42,21 @@ class Request:
     compile: bool = True
 
 
-def plan(request: Request) -> dict[str, Any]:
+Trained = Callable[[TargetConfig, DrafterConfig, Any, int, int], tuple[Abstract, list[Part]]]
+"""(target, drafter, mesh, batch, context) -> a training step and its roofline: `train.plan.planned`."""
+
+
+def plan(request: Request, trained: Trained | None = None) -> dict[str, Any]:
     """All that is known of a program, as a JSON object (keys: README, "Planning").
+
+    `trained` makes the program "train"; the library knows no training, so whoever asks for it brings it.
 
     InputError for a configuration, topology or mesh that cannot be.
     """
     topology = parse_topology(request.topology)
     _check(request)
+    if request.program == "train" and trained is None:
+        raise InputError("the program train is that of the trainers; give plan(request, train.plan.planned)")
     target = TargetConfig.from_dict(read_config(request.target))
     drafter = None if request.drafter is None else DrafterConfig.from_dict(read_config(request.drafter))
     if drafter is not None:
@@ -59,8 +67,11 @@ def plan(request: Request) -> dict[str, Any]:
     mesh = make_mesh(topology.devices(), **sizes) if request.compile else abstract_mesh(**sizes)
     used = None if request.program == "plain" else drafter
     kind: Any = request.program
-    program = build(target, used, mesh, kind, request.batch, request.context, width)
-    parts = roofline(target, used, program, program.rows)
+    if trained is not None and drafter is not None and kind == "train":
+        program, parts = trained(target, drafter, mesh, request.batch, request.context)
+    else:
+        program = build(target, used, mesh, kind, request.batch, request.context, width)
+        parts = roofline(target, used, program, program.rows)
     whole = seconds(parts, topology)
     result: dict[str, Any] = {
         "target": str(request.target),
@@ -96,8 +107,9 @@ def _check(request: Request) -> None:
         raise InputError(f"the context is {request.context}; give at least 2 tokens")
     if not request.acceptance_length >= 1:
         raise InputError(f"the acceptance length is {request.acceptance_length}; a round gives at least 1 token")
-    if request.program == "round" and request.drafter is None:
-        raise InputError("a round needs a drafter; give --drafter, or --program plain")
+    if request.program in ("round", "train") and request.drafter is None:
+        what = "a round" if request.program == "round" else "a training step"
+        raise InputError(f"{what} needs a drafter; give --drafter, or --program plain")
 
 
 def _width(request: Request, drafter: DrafterConfig | None) -> int:

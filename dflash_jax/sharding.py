@@ -22,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),  # the model width, of weights only
+    "rank": ("fsdp",),  # the width of the selector's tables
     "heads": ("tensor",),
     "kv_heads": ("tensor",),  # copied where there are fewer of them than the axis is long
     "key_heads": ("tensor",),  # of recurrent layers, with their value heads
@@ -126,14 +127,28 @@ def param_axes(variable: Any, shape: Sequence[int]) -> Axes:
     return variable.get_metadata().get("axes") or (None,) * len(shape)
 
 
-def state_shardings(state: nnx.State, mesh: AnyMesh) -> nnx.State:
-    """The sharding of every parameter of a (possibly abstract) state, in its tree."""
+def state_shardings(state: Any, mesh: AnyMesh) -> Any:
+    """The sharding of every array of a (possibly abstract) state, in its tree.
 
-    def place(variable: Any) -> Any:
-        shape = variable.get_value().shape
-        return variable.replace(placement(param_axes(variable, shape), shape, mesh))
+    Optimisers keep moments in trees of parameters like the ones they are of: these go where their parameters go.
+    What is of no parameter, as a count of steps, every device holds.
+    """
+    return _each_array(lambda x, axes: placement(axes, x.shape, mesh), state)
 
-    return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+def constrain_state(state: Any) -> Any:
+    """A state or gradients laid out as `state_shardings` says on the context's mesh; as they are without one."""
+    return _each_array(lambda x, axes: constrain(x, *axes), state) if _sizes() else state
+
+
+def _each_array(function: Callable[[Any, Axes], Any], state: Any) -> Any:
+    def of(x: Any) -> Any:
+        if not isinstance(x, nnx.Variable):
+            return function(x, (None,) * x.ndim)
+        value = x.get_value()  # of a parameter that an optimiser leaves out, a node without arrays
+        return x.replace(function(value, param_axes(x, value.shape))) if hasattr(value, "shape") else x
+
+    return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _sizes() -> dict[str, int]:

@@ -7,10 +7,11 @@ it is needed: for a folder without tokenizer.json, and for chat templates.
 import functools
 import json
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer as Core
 
 from dflash_jax.errors import InputError
@@ -77,7 +78,7 @@ class Tokenizer:
             messages = [item for item in prompt if isinstance(item, dict)]
             if messages and len(messages) == len(prompt):
                 # The template writes the special tokens itself.
-                tokens = self._encode_text(self._apply_chat_template(messages), add_special_tokens=False)
+                tokens = self._encode_text(self.render(messages), add_special_tokens=False)
             else:
                 tokens = [_as_id(item) for item in prompt]
         if not tokens:
@@ -111,7 +112,11 @@ class Tokenizer:
     def _templates(self) -> Any:
         return _transformers_tokenizer(self.folder)
 
-    def _apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, ask: bool = True, **options: Any) -> str:
+        """Chat messages as the template writes them, with `ask` up to where the model's reply begins.
+
+        `options` are the template's own, as `enable_thinking`. InputError where there is no template, or it refuses.
+        """
         for message in messages:
             if not {"role", "content"} <= message.keys():
                 raise InputError(f"a chat message needs `role` and `content`; this one has {sorted(map(str, message))}")
@@ -120,12 +125,32 @@ class Tokenizer:
                 f"{self.folder} has no chat template, so chat messages cannot be used; give the prompt as text"
             )
         try:
-            return self._templates.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self._templates.apply_chat_template(
+                list(messages), add_generation_prompt=ask, tokenize=False, **options
+            )
         except InputError:
             raise
         except Exception as error:  # templates raise their own errors, for a role they do not know for instance
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"the chat template of {self.folder} refuses these messages: {reason}") from error
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """The id of the tokenizer's mask token, if it says which that is."""
+        config = self.folder / "tokenizer_config.json"
+        if self.core is None or not config.is_file():
+            return None
+        token = json.loads(config.read_text(encoding="utf-8")).get("mask_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        return None if token is None else self.core.token_to_id(token)
+
+    def encode_rendered(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [T] of a text that has its special tokens already, and where each lies in it, [T, 2] characters."""
+        if self.core is None:
+            raise InputError(f"{self.folder} has no tokenizer.json; copy the tokenizer of the model's release there")
+        encoded = self.core.encode(text, add_special_tokens=False)
+        self._check_range(encoded.ids)
+        return np.asarray(encoded.ids, np.int32), np.asarray(encoded.offsets, np.int32).reshape(-1, 2)
 
 
 def _as_id(item: object) -> int:

@@ -43,6 +43,19 @@ CHIPS = {
     )
 }
 
+# As `jax.Device.device_kind` has it.
+KINDS = {
+    "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+    "TPU7x": "tpu7x", "TPU v7x": "tpu7x", "NVIDIA H100 80GB HBM3": "h100",
+}  # fmt: skip
+
+
+def peak_flops(kind: str) -> float | None:
+    """The published peak, bf16 operations a second, of one device of this `device_kind`; None where it is not known."""
+    chip = CHIPS.get(KINDS.get(kind, ""))
+    return None if chip is None else chip.flops / chip.devices
+
+
 # What the compiler needs to know of an H100 (xla's GpuTargetConfigProto): CUDA's properties of an SXM5 card.
 H100_TARGET = """
 gpu_device_info {

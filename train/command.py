@@ -1,12 +1,14 @@
-"""What the commands of this package have in common."""
+"""What the commands of this package have in common, and `dflash train`."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
 
 from dflash_jax.errors import InputError
+from train.configuration import read_config, to_yaml
 from train.memory import keep_memory
 
 Config = TypeVar("Config")
@@ -20,3 +22,28 @@ def command(kind: type[Config], work: Callable[[Config], None]) -> None:
         work(config)
     except InputError as error:
         sys.exit(f"error: {error}")
+
+
+def train(what: str, config: str, changes: Sequence[str], *, check: bool) -> int:
+    """`dflash train drafter` and `dflash train responses`; the exit status, also 0 where SIGTERM ended it early.
+
+    With `check` the configuration is read and printed, and nothing is done.
+    """
+    keep_memory()
+    from train import processes  # imports jax, seconds
+
+    if not check:
+        processes.join()
+    from train.run import DrafterRun, main, respond
+
+    run = read_config(DrafterRun, Path(config), changes)
+    if check:
+        print(to_yaml(run), end="")
+        return 0
+    done = (main if what == "drafter" else respond)(run)
+    if processes.is_first():
+        if done:
+            print(f"done: {run.out / ('model' if what == 'drafter' else 'responses')}")
+        else:
+            print(f"stopped before the end, nothing is lost: the same command goes on in {run.out}")
+    return 0

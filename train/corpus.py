@@ -4,8 +4,12 @@ import ast
 import dataclasses
 import functools
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
+
+from train.data import generator
 
 # Tests, generated tables and programs that are no ordinary library code.
 EXCLUDED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"} | {
@@ -94,6 +98,37 @@ def prompts_of(document: Document, lines: int = 8) -> list[str]:
             continue
         header = "" if parent is None else source[parent.lineno - 1] + "\n"
         prompts.append(header + "".join(source[start : start + lines]).rstrip("\n"))
+    return prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Prompts for the target, cut from the documents at random line starts.
+
+    Args:
+        count: how many
+        shortest: tokens of the shortest
+        longest: tokens of the longest
+        seed: of the cuts
+    """
+
+    count: int = 3072
+    shortest: int = 16
+    longest: int = 96
+    seed: int = 0
+
+
+def cut_prompts(documents: Sequence[np.ndarray], starts: np.ndarray, config: PromptConfig) -> list[list[int]]:
+    """`count` prompts that begin at lines; `starts[id]` says whether token `id` ends with a line's beginning."""
+    rng = generator(config.seed, 2)
+    sizes = np.array([len(document) for document in documents], float)
+    chosen = rng.choice(len(documents), config.count, p=sizes / sizes.sum())
+    lengths = rng.integers(config.shortest, config.longest + 1, config.count)
+    prompts = []
+    for tokens, length in zip((documents[i] for i in chosen), lengths, strict=True):
+        breaks = np.flatnonzero(starts[tokens[: max(0, len(tokens) - config.longest)]])
+        first = int(rng.choice(breaks)) + 1 if len(breaks) else 0
+        prompts.append(tokens[first : first + length].tolist())
     return prompts
 
 

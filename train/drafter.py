@@ -1,287 +1,199 @@
-"""Trains a DFlash drafter for a frozen target: `python -m train.drafter --target runs/target/model ...`.
+"""Trains a DFlash drafter on documents: steps on the loss of `train.objective`, and the figures that go with them.
 
-The story: responses of the target -> taps of the frozen target -> random anchors -> blocks in one pass -> decayed
-cross-entropy. Source of the method: arXiv 2602.06036.
+Source of the method: arXiv 2602.06036.
 """
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
-from transformers import PreTrainedTokenizerBase
+from jax.sharding import Mesh
 
-from dflash_jax.checkpoints import load_target, save_drafter
-from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.checkpoints import load_drafter
+from dflash_jax.config import DrafterConfig
+from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
-from dflash_jax.pair import Pair
+from dflash_jax.pair import check_fit
 from dflash_jax.text import Tokenizer
-from train import corpus, losses
-from train.anchors import Blocks, cut_blocks, decay, sample_anchors
-from train.blocks import block_hidden
-from train.command import command
-from train.data import shuffled
-from train.loop import LoopConfig, Task, run
-from train.regenerate import RegenerateConfig, Responses, regenerate
-from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
-from train.tokenizer import load_tokenizer
+from train.architecture import DrafterArchitecture
+from train.data import DataConfig, Documents, batched, packed, require_learnable, whole_batches
+from train.evaluate import DecodeConfig, decode_figures, evaluator, held_out_metrics, held_out_prompts
+from train.feeding import Feed
+from train.flops import drafter_flops, target_flops
+from train.loop import LoopConfig, Task, best_state, run
+from train.objective import Objective, drafter_loss, drafter_terms
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.placing import new_state, on_mesh
+from train.step import TrainState, make_step
+from train.taps import TapCache, make_taps
 
 
-@dataclasses.dataclass(frozen=True)
-class DrafterArchitecture:
-    """Sizes of a drafter; it takes the target's width, vocabulary, embedding and head.
-
-    Args:
-        num_layers: draft layers, all with full attention unless `sliding_window` is set
-        block_size: rows of a block, the anchor included
-        taps: how many of the target's layers are tapped
-        sliding_window: window of sliding layers, which are also causal inside the block; default: full attention
-        convolution: DFlash 2's grouped convolutions along the block
-        selector_rank: rank of DFlash 2's candidate selector; 0 is none
-    """
-
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 48
-    intermediate_size: int = 384
-    block_size: int = 8
-    taps: int = 3
-    sliding_window: int | None = None
-    convolution: bool = False
-    selector_rank: int = 0
-
-    def drafter_config(self, target: TargetConfig, mask_token: int) -> DrafterConfig:
-        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-        return DrafterConfig(
-            vocab_size=target.vocab_size,
-            hidden_size=target.hidden_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=self.intermediate_size,
-            layer_types=(kind,) * self.num_layers,
-            causal=(self.sliding_window is not None,) * self.num_layers,
-            sliding_window=self.sliding_window,
-            rope=dataclasses.replace(target.rope, dim=self.head_dim),
-            rms_norm_eps=target.rms_norm_eps,
-            block_size=self.block_size,
-            mask_token_id=mask_token,
-            tap_ids=tap_ids(target.num_layers, self.taps),
-            num_target_layers=target.num_layers,
-            max_position=target.max_position,
-            conv_kernel_size=2 if self.convolution else 0,
-            selector_rank=self.selector_rank,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class DrafterTraining:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrafterTraining(Objective):
     """How a drafter is trained on the target's responses.
 
     Args:
         architecture: sizes of the drafter
         loop: steps, checkpoints and evaluation
-        optimizer: AdamW and its schedule
-        batch: sequences in a step
-        anchors: blocks of a sequence, at random places, new ones every time the sequence comes up
-        loss: position weights: "decay" is exp(-(k - 1) / gamma), "pace" is D-PACE
-        gamma: of "decay"; 4 for blocks of 8, 5 for 10, 7 for 16
-        held_out: sequences of the held-out loss
-        head_chunk: rows of logits made at once; 0 is all
-        seed: of the initialisation, the order of the data and the anchors
+        optimizer: AdamW or Muon, and the schedule
+        decode: the drafter at work on held-out prompts
+        batch: rows in a step, of all processes
+        parts: micro batches in which a step works on them, with the same result
+        spike: a step whose gradient is so many times longer than usual is skipped; 0 skips only what is not finite
     """
 
     architecture: DrafterArchitecture = dataclasses.field(default_factory=DrafterArchitecture)
     loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(steps=3000))
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
     batch: int = 8
-    anchors: int = 48
-    loss: Literal["decay", "pace"] = "decay"
-    gamma: float = 4.0
-    held_out: int = 64
-    head_chunk: int = 0
-    seed: int = 0
+    parts: int = 1
+    spike: float = 10.0
 
 
-def tap_ids(layers: int, count: int) -> tuple[int, ...]:
-    """The layers to tap: spread evenly, never the last one."""
-    if count == 1:
-        return (layers // 2,)
-    return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
-
-
-def drafter_loss(
-    graphs: tuple[nnx.GraphDef, nnx.GraphDef], config: DrafterTraining, params: Pytree, frozen: Pytree, batch: Pytree
-) -> tuple[jax.Array, Metrics]:
-    """Loss and metrics of one batch {tokens [B, T], mask [B, T], step []}; the target's taps are made on the way."""
-    drafter, target = nnx.merge(graphs[0], params), nnx.merge(graphs[1], frozen)
-    c = drafter.config
-    key = jax.random.fold_in(jax.random.key(config.seed), batch["step"])
-    anchors, real = sample_anchors(key, batch["mask"], config.anchors)
-    blocks = cut_blocks(batch["tokens"], batch["mask"], anchors, real, rows=c.block_size, mask_token=c.mask_token_id)
-    taps = jax.lax.stop_gradient(target.sequence(batch["tokens"], tap_ids=c.tap_ids).taps)
-    hidden = block_hidden(drafter, target.embed.embedding[...][blocks.inputs], taps, anchors)
-    rows = block_predictions(drafter, target, hidden, blocks, config.head_chunk)
-    weights = losses.pace_weights(rows.nll, blocks.weights)
-    if config.loss == "decay":
-        weights = blocks.weights * decay(c.block_size, config.gamma)
-    loss = losses.weighted_mean(rows.nll, weights)
-    if rows.selector_nll is not None and rows.listed is not None:
-        loss = loss + losses.weighted_mean(rows.selector_nll, weights * rows.listed)
-    return loss, acceptance_metrics(rows, blocks)
-
-
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Predictions:
-    """What the rows of the blocks predict; row 0 predicts nothing. The last two are of DFlash 2's selector."""
+class Setting:
+    """What a drafter is trained for and on."""
 
-    nll: Float[Array, "B A W"]
-    guess: Int[Array, "B A W"]
-    selector_nll: Float[Array, "B A W"] | None = None
-    listed: Bool[Array, "B A W"] | None = None  # whether the label is among the candidates
+    target: Target
+    tokenizer: Tokenizer
+    mask_token: int
+    learned: Documents
+    held_out: Documents
+    data: DataConfig
+    out: Path
+    mesh: Mesh | None = None
+    start: Path | None = None
 
 
-def block_predictions(drafter: Drafter, target: Target, hidden: Array, blocks: Blocks, chunk: int) -> Predictions:
-    """Through the target's frozen head, and the selector where there is one.
+def started(state: TrainState, drafter: Path) -> TrainState:
+    """A new state whose parameters are those of a drafter, where that has them; the others stay as they are.
 
-    The selector is taught with the true predecessor. Up to the first wrong token that is also the predecessor in its
-    own walk, so its guesses give the acceptance of the walk.
+    InputError if the two do not fit.
     """
-
-    def predict(rows: tuple[Array, Array, Array]) -> Predictions:
-        x, labels, previous = rows
-        logits = drafter.head(target.head)(x)
-        nll = losses.cross_entropy(logits, labels)
-        if drafter.selector is None:
-            return Predictions(nll, jnp.argmax(logits, -1))
-        scores, ids = jax.lax.top_k(logits, min(drafter.config.selector_top_k, logits.shape[-1]))
-        scores = scores + drafter.selector(previous, ids, x)
-        guess = jnp.take_along_axis(ids, jnp.argmax(scores, -1)[..., None], -1)[..., 0]
-        match = ids == labels[..., None]
-        selector_nll = losses.cross_entropy(scores, jnp.argmax(match, -1))
-        return Predictions(nll, guess, selector_nll, match.any(-1))
-
-    shape = (*blocks.labels.shape[:2], blocks.labels.shape[2] - 1)
-    rows = (hidden[:, :, 1:], blocks.labels[:, :, 1:], blocks.labels[:, :, :-1])
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
-    made = losses.in_chunks(predict, flat, chunk)
-    return jax.tree.map(lambda x: jnp.pad(x.reshape(shape), ((0, 0), (0, 0), (1, 0))), made)
-
-
-def acceptance_metrics(rows: Predictions, blocks: Blocks) -> Metrics:
-    """Accuracy of rows 1.., and tokens a round as greedy verification of these very blocks would give them.
-
-    Blocks cut short by the end of a response are left out of the acceptance length.
-    """
-    correct, counts = (rows.guess == blocks.labels).astype(jnp.float32), blocks.weights
-    whole = jnp.min(counts[..., 1:], -1)
-    prefix = losses.accepted(correct, counts).sum(-1)
-    return {
-        "nll": losses.weighted_mean(rows.nll, counts),
-        "accuracy": (jnp.sum(correct * counts, (0, 1)) / jnp.maximum(jnp.sum(counts, (0, 1)), 1))[1:],
-        "acceptance": 1 + losses.weighted_mean(prefix, whole),
-    }
-
-
-def batches(responses: Responses, size: int, seed: int):
-    """step -> batch, every sequence once an epoch."""
-    mask = responses.loss_mask()
-
-    def batch(step: int) -> dict[str, np.ndarray | np.uint32]:
-        rows = [item for _, item in shuffled(len(responses), size, seed, step)]
-        return {"tokens": responses.tokens[rows], "mask": mask[rows], "step": np.uint32(step)}
-
-    return batch
-
-
-def evaluator(loss, frozen: Pytree, responses: Responses, size: int):
-    """Metrics over held-out responses, always with the same anchors."""
-    metrics = jax.jit(lambda params, frozen, batch: loss(params, frozen, batch)[1])
-    mask = responses.loss_mask()
-
-    def evaluate(state: TrainState) -> dict[str, float | list[float]]:
-        parts = [
-            metrics(
-                state.params, frozen, {"tokens": responses.tokens[i : i + size], "mask": mask[i : i + size], "step": i}
+    _, given = load_drafter(drafter, jnp.float32)
+    have, want = dict(nnx.to_flat_state(nnx.state(given))), dict(nnx.to_flat_state(state.params))
+    for path, variable in have.items():
+        name, value = "/".join(map(str, path)), variable.get_value()
+        if path not in want or want[path].get_value().shape != value.shape:
+            raise InputError(
+                f"start {drafter} has a {name} for which the drafter to train has no place; give its sizes"
             )
-            for i in range(0, len(responses) - size + 1, size)
-        ]
-        host = jax.device_get(parts)
-        return {f"held_out_{name}": np.mean([m[name] for m in host], 0, float).tolist() for name in host[0]}
-
-    return evaluate
+        want[path] = want[path].replace(jax.device_put(value, want[path].get_value().sharding))
+    return dataclasses.replace(state, params=nnx.from_flat_state(want))
 
 
-def train_drafter(
-    config: DrafterTraining, target: Target, mask_token: int, data: Responses, held_out: Responses, out: Path
-) -> tuple[Drafter, bool]:
-    """The drafter as far as it is trained, and whether that is to the end."""
-    architecture = config.architecture.drafter_config(target.config, mask_token)
-    graph, params = nnx.split(Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed)))
-    target_graph, frozen = nnx.split(target)
+def train_drafter(config: DrafterTraining, setting: Setting) -> tuple[Drafter, bool]:
+    """(the drafter, whether it is trained to the end): the best one of a run that is, else as far as it is."""
+    target = setting.target
+    architecture = config.architecture.drafter_config(target.config, setting.mask_token)
+    check_fit(target.config, architecture)
+    caches = tap_caches(config, setting, architecture)
+    if caches is None:
+        return Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed)), False  # not begun
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
-    loss = functools.partial(drafter_loss, (graph, target_graph), config)
-    task = Task(
-        step=make_step(loss, optimizer),
-        frozen=frozen,
-        batch=batches(data, config.batch, config.seed),
-        evaluate=evaluator(loss, frozen, held_out, config.batch),
-        tokens_per_step=config.batch * data.tokens.shape[1],
-    )
-    state = run(init_state(params, optimizer), task, config.loop, out)
-    return nnx.merge(graph, state.params), int(state.step) == config.loop.steps
+
+    def build() -> Drafter:
+        return Drafter(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed))
+
+    graph = nnx.graphdef(nnx.eval_shape(build))
+    state = new_state(lambda: nnx.state(build()), optimizer, setting.mesh)
+    if setting.start is not None:
+        state = started(state, setting.start)
+    task = make_task(config, setting, graph, architecture, caches)
+    outcome = run(state, task, config.loop, setting.out)
+    state = best_state(outcome, setting.out, config.loop) if outcome.done else outcome.state
+    return nnx.merge(graph, state.params), outcome.done
 
 
-@dataclasses.dataclass(frozen=True)
-class DrafterRun:
-    """Lets a target write responses to prompts from the Python standard library, and trains a drafter on them.
+def tap_caches(
+    config: DrafterTraining, setting: Setting, architecture: DrafterConfig
+) -> tuple[TapCache | None, TapCache | None] | None:
+    """Of the documents to learn from and the held-out ones; (None, None) for taps made in the step.
 
-    Args:
-        target: folder of the target's checkpoint
-        tokenizer: folder of the tokenizer, which has to have a mask token
-        out: folder for responses, checkpoints, the log and, when all steps are done, the exported drafter in out/model
-        responses: what the target writes
-        training: the drafter and how it is trained
+    None if their making was stopped.
     """
-
-    target: Path
-    tokenizer: Path
-    out: Path = Path("runs/drafter")
-    responses: RegenerateConfig = dataclasses.field(default_factory=RegenerateConfig)
-    training: DrafterTraining = dataclasses.field(default_factory=DrafterTraining)
-
-
-def corpus_responses(
-    target: Target, tokenizer: PreTrainedTokenizerBase, config: RegenerateConfig, held_out: int, folder: Path
-) -> tuple[Responses, Responses]:
-    """Responses to prompts from the training documents, and greedy ones to prompts from the held-out documents."""
-    starts = np.array(["\n" in tokenizer.decode([token]) for token in range(len(tokenizer))])
-    seen, unseen = ([np.asarray(tokenizer(d.text)["input_ids"]) for d in part] for part in corpus.split())
-    few = dataclasses.replace(config, count=held_out, batch=min(config.batch, held_out), sampled=0.0)
-    pair = Pair(target, None, Tokenizer(None, folder, target.config.vocab_size))
-    data = regenerate(pair, seen, starts, config, folder / "train")
-    return data, regenerate(pair, unseen, starts, few, folder / "held_out")
+    if setting.data.taps == "online":
+        return None, None
+    folder, size = setting.out / "taps", config.batch
+    caches = [
+        make_taps(setting.target, architecture.tap_ids, documents, folder / name, setting.mesh, size)
+        for name, documents in (("learned", setting.learned), ("held_out", setting.held_out))
+        if len(documents)
+    ]
+    if None in caches:
+        return None
+    return caches[0], (caches[1] if len(caches) > 1 else None)
 
 
-def main(config: DrafterRun) -> None:
-    """The command."""
-    _, target = load_target(config.target, jnp.float32)
-    tokenizer = load_tokenizer(config.tokenizer)
-    held_out = config.training.held_out
-    data = corpus_responses(target, tokenizer, config.responses, held_out, config.out / "responses")
-    drafter, done = train_drafter(config.training, target, tokenizer.mask_token_id, *data, config.out)
-    if done:
-        save_drafter(drafter, config.out / "model")
+def make_task(
+    config: DrafterTraining,
+    setting: Setting,
+    graph: nnx.GraphDef,
+    architecture: DrafterConfig,
+    caches: tuple[TapCache | None, TapCache | None],
+) -> Task:
+    """The drafter's part of the loop."""
+    target, data, mesh = setting.target, setting.data, setting.mesh
+    feed = Feed(config.batch, mesh)
+    target_graph, frozen = nnx.split(target)
+    terms, loss = (
+        functools.partial(function, (graph, target_graph), config) for function in (drafter_terms, drafter_loss)
+    )
+    optimizer = make_optimizer(config.optimizer, config.loop.steps)
+    step = make_step(terms, optimizer, parts=config.parts, spike=config.spike)
+    held_out = whole_batches(setting.held_out, length=data.length, size=config.batch)
+    metrics = held_out_metrics(loss, frozen, held_out, feed, caches[1])
+    prompts = held_out_prompts(setting.held_out, config.decode.prompts)
+    decode = functools.partial(
+        decode_figures, target, tokenizer=setting.tokenizer, prompts=prompts, config=config.decode, mesh=mesh
+    )
+
+    def on_the_mesh(*arguments: Any) -> Any:
+        with on_mesh(mesh):
+            return step(*arguments)
+
+    return Task(
+        step=on_the_mesh,
+        frozen=frozen,
+        data=training_data(config, setting, feed, caches[0]),
+        put=feed.put,
+        evaluate=evaluator(graph, target, metrics, decode, mesh),
+        tokens_per_step=config.batch * data.length,
+        flops_per_step=step_flops(config, setting, architecture),
+    )
 
 
-if __name__ == "__main__":
-    command(DrafterRun, main)
+def for_the_step(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the step takes of a batch."""
+    return {name: x for name, x in batch.items() if name != "document"}
+
+
+def training_data(config: DrafterTraining, setting: Setting, feed: Feed, cache: TapCache | None) -> Any:
+    """The iterator of this process' rows."""
+    data = setting.data
+    require_learnable(setting.learned)
+    rows = packed(setting.learned, length=data.length, bins=data.bins, seed=data.seed, threads=data.threads)
+
+    def finish(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        own = feed.own(batch)
+        return for_the_step(cache.add(own) if cache else own)
+
+    return iter(batched(rows, config.batch, finish))
+
+
+def step_flops(config: DrafterTraining, setting: Setting, architecture: DrafterConfig) -> float:
+    """Of all devices, as `train.flops` counts them."""
+    length = setting.data.length
+    tokens = config.batch * length
+    state = nnx.state(nnx.eval_shape(lambda: Drafter(architecture, rngs=nnx.Rngs(0))))
+    flops = drafter_flops(architecture, state, tokens=tokens, anchors=config.anchors, length=length)
+    if setting.data.taps == "online":
+        flops += tokens * target_flops(setting.target.config, nnx.state(setting.target), length)
+    return flops

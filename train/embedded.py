@@ -9,17 +9,24 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from rich import print
 
 import dflash_jax
 from dflash_jax.checkpoints import load_target, save_drafter, save_target
 from dflash_jax.errors import InputError
+from dflash_jax.models.target import Target
+from dflash_jax.pair import Pair
+from dflash_jax.text import Tokenizer
 from train import corpus
+from train.architecture import DrafterArchitecture
 from train.command import command
-from train.drafter import DrafterArchitecture, DrafterTraining, corpus_responses, train_drafter
+from train.data import Corpus, DataConfig, Documents
+from train.drafter import DrafterTraining, Setting, train_drafter
 from train.loop import LoopConfig
-from train.regenerate import RegenerateConfig
-from train.step import OptimizerConfig
+from train.optimizer import OptimizerConfig
+from train.records import JsonLines
+from train.regenerate import RegenerateConfig, regenerate
 from train.target import Architecture, TargetTraining, train_target
 from train.tokenizer import load_or_train, save_tokenizer
 
@@ -54,7 +61,9 @@ class EmbeddedPair:
 
     Args:
         target: the target; its `out` also holds the tokenizer
+        cuts: prompts for the target
         responses: what the target writes for the drafter's training
+        data: how these become rows
         drafter: the drafter and how it is trained
         drafter_out: folder of the drafter's run
         folder: where the pair goes
@@ -63,7 +72,9 @@ class EmbeddedPair:
     """
 
     target: TargetTraining = dataclasses.field(default_factory=default_target)
-    responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(sampled=0.1))
+    cuts: corpus.PromptConfig = dataclasses.field(default_factory=corpus.PromptConfig)
+    responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=256, sampled=0.1))
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=352, threads=1))
     drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
     drafter_out: Path = Path("runs/embedded/drafter")
     folder: Path = Path(dflash_jax.__file__).parent / "embedded"
@@ -80,14 +91,40 @@ def run_target(config: TargetTraining) -> None:
         save_target(model, config.out / "model")
 
 
+def corpus_documents(config: EmbeddedPair, target: Target) -> tuple[Documents, Documents]:
+    """Responses to prompts from the training documents, and greedy ones to prompts from the held-out documents."""
+    tokenizer = load_or_train(config.target.tokenizer_folder, ())
+    starts = np.array(["\n" in tokenizer.decode([token]) for token in range(len(tokenizer))])
+    pair = Pair(target, None, Tokenizer(None, config.target.tokenizer_folder, target.config.vocab_size))
+    few = config.data.held_out_count
+    kinds = (
+        ("responses", config.cuts, config.responses),
+        (
+            "held_out",
+            dataclasses.replace(config.cuts, count=few),
+            dataclasses.replace(config.responses, batch=min(config.responses.batch, few), sampled=0.0),
+        ),
+    )
+    made = []
+    for (name, cuts, responses), documents in zip(kinds, corpus.split(), strict=True):
+        folder = config.drafter_out / name
+        prompts = corpus.cut_prompts(
+            [np.asarray(tokenizer(document.text)["input_ids"]) for document in documents], starts, cuts
+        )
+        if not regenerate(pair, prompts, responses, folder):
+            raise InputError("the writing of responses was stopped; run again to go on")
+        made.append(Corpus(JsonLines([folder]), config.data.length))
+    return made[0], made[1]
+
+
 def run_drafter(config: EmbeddedPair) -> None:
     """Lets the target write responses and trains the drafter on them: the target as it is shipped, rounded to bf16."""
     _, frozen = load_target(config.folder / "target", jnp.float32)
-    tokenizer = load_or_train(config.target.tokenizer_folder, ())
-    data = corpus_responses(
-        frozen, tokenizer, config.responses, config.drafter.held_out, config.drafter_out / "responses"
-    )
-    model, done = train_drafter(config.drafter, frozen, tokenizer.mask_token_id, *data, config.drafter_out)
+    learned, held_out = corpus_documents(config, frozen)
+    tokenizer = Tokenizer(None, config.target.tokenizer_folder, frozen.config.vocab_size)
+    mask = load_or_train(config.target.tokenizer_folder, ()).mask_token_id
+    setting = Setting(frozen, tokenizer, mask, learned, held_out, config.data, config.drafter_out)
+    model, done = train_drafter(config.drafter, setting)
     if not done:
         raise InputError("the drafter's training was stopped by --drafter.loop.minutes; run again to go on")
     # Trained on blocks of 8 it runs on shorter ones too; 6 rows are the quickest on two CPU cores (`make bench`).

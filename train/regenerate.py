@@ -1,19 +1,29 @@
 """Responses for the drafter's training, written by the target itself: a drafter learns its target, not the corpus.
 
 (Training on the corpus' own text instead costs most of the acceptance: arXiv 2602.06036 gives 2.54 against 6.00.)
+Prompts are decoded in batches, each of which becomes one file. A batch depends on the prompts and the seed alone: so a
+run that is killed goes on with the batches that are missing, and any number of processes writes the same responses.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import rich.progress
-from jaxtyping import Int
 
 import dflash_jax
+from dflash_jax.compare import acceptance_length
+from dflash_jax.decoding.generate import check_width
+from dflash_jax.decoding.prefill import capacity
+from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
 from train.data import generator
+from train.processes import Share, barrier
+from train.progress import bar
+from train.records import Response, claim, write_responses
+from train.stopping import listen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,99 +31,115 @@ class RegenerateConfig:
     """What to let the target write.
 
     Args:
-        count: prompts, cut from the documents at random line starts
-        shortest: tokens of the shortest prompt
-        longest: tokens of the longest prompt
-        response: tokens of a response; it ends sooner at the end token
-        sampled: fraction of the responses drawn at temperature 1, the others are greedy
+        drafter: one made for the target, for speed: the responses are the target's own with it or without
+        longest: tokens of the longest prompt; longer ones are left out
+        response: tokens of a response; it ends sooner at an end token
+        sampled: fraction of the responses drawn at `temperature`, the others are greedy
+        temperature: of those
         batch: prompts decoded at once
-        seed: of the cuts and of the draws
+        seed: of the draws; every prompt has its own
     """
 
-    count: int = 3072
-    shortest: int = 16
-    longest: int = 96
-    response: int = 256
+    drafter: str | None = None
+    longest: int = 2048
+    response: int = 2048
     sampled: float = 0.25
+    temperature: float = 1.0
     batch: int = 64
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Responses:
-    """Prompts and what the target made of them: a row is prompt up to `prompts[b]`, response up to `lengths[b]`."""
+class Batch:
+    """Prompts that are decoded together: all fit the same compiled shapes."""
 
-    tokens: Int[np.ndarray, "n T"]
-    prompts: Int[np.ndarray, "n"]
-    lengths: Int[np.ndarray, "n"]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def loss_mask(self) -> np.ndarray:
-        """[n, T]: the positions of the responses."""
-        positions = np.arange(self.tokens.shape[1])
-        return (positions >= self.prompts[:, None]) & (positions < self.lengths[:, None])
-
-    def save(self, path: Path) -> None:
-        """Whole or not at all, so that a killed run leaves no broken file."""
-        part = path.with_suffix(".part.npz")
-        np.savez(part, **dataclasses.asdict(self))
-        part.rename(path)
-
-    @classmethod
-    def build(cls, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> "Responses":
-        """From sequences of any length, of which the first `prompts[b]` tokens are the prompt."""
-        tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-        for into, row in zip(tokens, rows, strict=True):
-            into[: len(row)] = row
-        return cls(tokens, np.asarray(prompts, np.int32), np.array([len(row) for row in rows], np.int32))
-
-    @classmethod
-    def load(cls, paths: Sequence[Path], length: int) -> "Responses":
-        """The files' rows one after the other, padded to `length`."""
-        files = [np.load(path) for path in paths]
-        tokens = [np.pad(file["tokens"], ((0, 0), (0, length - file["tokens"].shape[1]))) for file in files]
-        prompts, lengths = ([file[name] for file in files] for name in ("prompts", "lengths"))
-        return cls(np.concatenate(tokens), np.concatenate(prompts), np.concatenate(lengths))
+    ids: list[int]
 
 
-def cut_prompts(documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig) -> list[list[int]]:
-    """`count` prompts that begin at lines; `starts[id]` says whether token `id` ends with a line's beginning."""
-    rng = generator(config.seed, 2)
-    sizes = np.array([len(document) for document in documents], float)
-    chosen = rng.choice(len(documents), config.count, p=sizes / sizes.sum())
-    lengths = rng.integers(config.shortest, config.longest + 1, config.count)
-    prompts = []
-    for tokens, length in zip((documents[i] for i in chosen), lengths, strict=True):
-        breaks = np.flatnonzero(starts[tokens[: max(0, len(tokens) - config.longest)]])
-        first = int(rng.choice(breaks)) + 1 if len(breaks) else 0
-        prompts.append(tokens[first : first + length].tolist())
-    return prompts
+def plan(lengths: Sequence[int], config: RegenerateConfig, width: int) -> list[Batch]:
+    """All prompts that are not too long, those of similar length together, so that few shapes are compiled."""
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        if length <= config.longest:
+            groups.setdefault(capacity(length + config.response + width), []).append(i)
+    return [
+        Batch(ids[first : first + config.batch])
+        for _, ids in sorted(groups.items())
+        for first in range(0, len(ids), config.batch)
+    ]
 
 
-def write_responses(pair: Pair, prompts: list[list[int]], temperature: np.ndarray, seed: int, length: int) -> Responses:
-    """One batch of plain decoding; each response lies right behind its prompt."""
-    seeds = generator(seed, 3).integers(2**32, size=len(prompts), dtype=np.uint32)
+def is_sampled(config: RegenerateConfig, id: int) -> bool:
+    """Whether the response to this prompt is drawn, or greedy."""
+    return bool(generator(config.seed, 4, id).random() < config.sampled)
+
+
+def write_batch(
+    pair: Pair, prompts: Sequence[Sequence[int]], batch: Batch, config: RegenerateConfig
+) -> tuple[list[Response], list[int]]:
+    """(responses, tokens of each round) of one batch, filled up to the size that is compiled."""
+    ids = batch.ids + batch.ids[-1:] * (min(config.batch, len(prompts)) - len(batch.ids))
     made = dflash_jax.generate(
-        pair, prompts, max_new_tokens=length, temperature=temperature.tolist(), seed=seeds.tolist(), draft=False
+        pair,
+        [prompts[i] for i in ids],
+        max_new_tokens=config.response,
+        temperature=[config.temperature if is_sampled(config, i) else 0.0 for i in ids],
+        seed=[int(generator(config.seed, 3, i).integers(2**32)) for i in ids],
     )
-    rows = [[*prompt, *generation.tokens] for prompt, generation in zip(prompts, made, strict=True)]
-    return Responses.build(rows, [len(prompt) for prompt in prompts])
+    pairs = list(zip(batch.ids, made, strict=False))  # without the filling
+    responses = [Response(i, len(prompts[i]), [*prompts[i], *one.tokens], one.finish_reason) for i, one in pairs]
+    return responses, [count for _, one in pairs for count in one.acceptance_lengths]
 
 
-def regenerate(
-    pair: Pair, documents: Sequence[np.ndarray], starts: np.ndarray, config: RegenerateConfig, folder: Path
-) -> Responses:
-    """All responses; one file a batch, so that a stopped run goes on where it was."""
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = cut_prompts(documents, starts, config)
-    paths = []
-    for first in rich.progress.track(range(0, config.count, config.batch), "responses"):
-        paths.append(folder / f"{first:06d}.npz")
-        if paths[-1].exists():
-            continue
-        batch = prompts[first : first + config.batch]
-        temperature = (np.arange(len(batch)) < round(config.sampled * len(batch))).astype(float)
-        write_responses(pair, batch, temperature, config.seed + first, config.response).save(paths[-1])
-    return Responses.load(paths, config.longest + config.response)
+def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
+    """Of the prompts' tokens."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(np.asarray([len(prompt), *prompt], np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def regenerate(pair: Pair, prompts: Sequence[Sequence[int]], config: RegenerateConfig, folder: Path) -> bool:
+    """Writes responses to all prompts (token ids) into `folder`, a JSONL file a batch; False if it was stopped first.
+
+    Goes on where an earlier run stopped. InputError for a folder of other prompts or settings, or prompts that are all
+    too long.
+    """
+    width = check_width(pair, True, None)
+    batches = plan(list(map(len, prompts)), config, width)
+    if not batches:
+        raise InputError(
+            f"none of {len(prompts)} prompts has up to {config.longest} tokens; give shorter ones, or a larger longest"
+        )
+    facts = {**dataclasses.asdict(config), "prompts": fingerprint(prompts), "width": width}
+    claim(folder / "made_from.json", facts, "responses")
+    share = Share.of(pair.mesh)
+    for k, responses in _written(pair, prompts, config, batches, share, folder):
+        if share.writes:
+            write_responses(folder / f"{k:06d}.jsonl", responses)
+    barrier("responses")
+    return all((folder / f"{k:06d}.jsonl").exists() for k in range(len(batches)))
+
+
+def _written(
+    pair: Pair, prompts: Sequence[Sequence[int]], config: RegenerateConfig, batches: list[Batch], share: Share,
+    folder: Path,
+) -> Iterator[tuple[int, list[Response]]]:  # fmt: skip
+    """(number, responses) of this process' missing batches, with a progress bar, until all are there or SIGTERM."""
+    mine = share.pieces(len(batches))
+    missing = [k for k in mine if not (folder / f"{k:06d}.jsonl").exists()]
+    barrier("missing responses")  # all have looked before one of them writes
+    start, tokens, rounds = time.monotonic(), 0, []
+    with listen(together=False) as stop, bar("responses", sum(len(batches[k].ids) for k in mine)) as show:
+        done = sum(len(batches[k].ids) for k in mine if k not in missing)
+        show(done, "")
+        for turn, k in enumerate(missing):
+            responses, counts = write_batch(pair, prompts, batches[k], config)
+            yield k, responses
+            tokens += sum(len(response.tokens) - response.prompt for response in responses)
+            rounds += counts
+            done += len(responses)
+            speed = tokens * share.count / (time.monotonic() - start)  # of all processes
+            show(done, f"{speed:.0f} tokens/s, acceptance length {acceptance_length(rounds):.2f}")
+            if stop(turn + 1):
+                return

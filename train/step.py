@@ -2,122 +2,134 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
-from optax import contrib
+from jaxtyping import Array, Float, Int
+
+from dflash_jax.errors import InputError
+from dflash_jax.sharding import constrain, constrain_state
+from train.losses import Ratio
 
 Pytree = Any
 Metrics = dict[str, jax.Array]
-Loss = Callable[[Pytree, Pytree, Pytree], tuple[jax.Array, Metrics]]
-"""(parameters, frozen weights, batch) -> (loss, metrics)"""
+Loss = Callable[[Pytree, Pytree, Pytree], tuple[Any, dict[str, Any]]]
+"""(parameters, frozen weights, batch) -> (loss, metrics). The loss is a number or several `Ratio` to be added, by name;
+a number counts as a mean over the batch. Metrics are numbers or `Ratio`."""
+
+NORM_RATE = 0.02  # how fast the running gradient norm follows
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW or Muon with linear warm-up and cosine decay, both in steps.
-
-    Muon (arXiv 2502.16982) orthogonalises the momentum of every matrix, and leaves vectors and vocabulary tables to
-    AdamW. Its updates are scaled to AdamW's size, so that one learning rate serves both.
-
-    Args:
-        method: a drafter learns about twice as fast by "muon"
-        learning_rate: the peak
-        warmup: fraction of all steps spent warming up
-        final: the last learning rate as a fraction of the peak
-        weight_decay: for matrices only
-        clip: largest global gradient norm
-        b1: AdamW's decay of the mean of gradients
-        b2: AdamW's decay of the mean of their squares
-    """
-
-    method: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 2e-3
-    warmup: float = 0.04
-    final: float = 0.05
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "optimizer", "step"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "optimizer", "step", "norm"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that a checkpoint holds."""
 
     params: Pytree
     optimizer: Pytree
-    step: Int[Array, ""]
-
-
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Warm-up and cosine over `steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=max(1, round(config.warmup * steps)),
-        decay_steps=steps,
-        end_value=config.final * config.learning_rate,
-    )
-
-
-def names(path: tuple) -> set[str]:
-    """The names along a parameter's path."""
-    return {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
-
-
-def is_matrix(path: tuple, leaf: jax.Array) -> bool:
-    """Whether weight decay applies: not to norms, biases, gates' decay rates and short convolutions."""
-    return leaf.ndim >= 2 and not names(path) & {"bias", "conv", "base", "gate_up_bias", "down_bias"}
-
-
-def muon_axes(path: tuple, leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
-    """(inputs, outputs) of the matrices that Muon takes: kernels [in, (2,) out], and the stack of such of one a layer.
-
-    Experts are left to AdamW, and vocabulary tables, whose rows are seen one at a time.
-    """
-    here = names(path)
-    if not is_matrix(path, leaf) or here & {"embed", "lm_head", "predecessor", "successor", "experts"}:
-        return None
-    return contrib.MuonDimensionNumbers(int("kv_proj" in here), leaf.ndim - 1)
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW or Muon."""
-    schedule = learning_rate(config, steps)
-    matrices = functools.partial(jax.tree_util.tree_map_with_path, is_matrix)
-    if config.method == "adamw":
-        update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices)
-    else:
-        update = contrib.muon(
-            schedule,
-            weight_decay=config.weight_decay,
-            consistent_rms=0.2,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            muon_weight_dimension_numbers=functools.partial(jax.tree_util.tree_map_with_path, muon_axes),
-        )
-    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+    step: Int[Array, ""]  # also counts steps that were skipped
+    norm: Float[Array, ""]  # running gradient norm; 0 before the first step
 
 
 def init_state(params: Pytree, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros(()))
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation):
-    """step(state, frozen, batch) -> (state, metrics). The state that goes in is donated."""
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, *, parts: int = 1, spike: float = 10.0):
+    """step(state, frozen, batch) -> (state, metrics). The state that goes in is donated.
+
+    The batch is worked on in `parts` micro batches, with the result of the whole batch at once: sums are added before
+    anything is divided. A step whose loss or gradient is not finite, or whose gradient's norm is more than `spike`
+    times the running one (0: any), changes neither parameters nor the optimiser's state; metric "skipped" says so.
+    On a mesh, trace it in the mesh's context with a state that is laid out by `dflash_jax.sharding.state_shardings`.
+    """
 
     def step(state: TrainState, frozen: Pytree, batch: Pytree) -> tuple[TrainState, Metrics]:
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch)
+        value, metrics, gradients = gradients_of(loss, state.params, frozen, batch, parts)
+        norm = optax.tree.norm(gradients)
+        limit = jnp.where((state.norm > 0) & (spike > 0), spike * state.norm, jnp.inf)
+        good = jnp.isfinite(value) & jnp.isfinite(norm) & (norm <= limit)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **metrics}
-        return TrainState(params, optimizer_state, state.step + 1), metrics
+        made = optax.apply_updates(state.params, updates), optimizer_state
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, (state.params, state.optimizer))
+        params, optimizer_state = constrain_state(kept)
+        numbers = {"loss": value, "gradient_norm": norm, "skipped": 1.0 - good} | metrics
+        return TrainState(params, optimizer_state, state.step + 1, _running(state.norm, norm, limit)), numbers
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _running(mean: Array, norm: Array, limit: Array) -> Array:
+    """Also moved by norms above the limit, up to it: after a lasting rise, steps are taken again before long."""
+    moved = mean + NORM_RATE * (jnp.minimum(norm, limit) - mean)
+    return jnp.where(jnp.isfinite(norm), jnp.where(mean > 0, moved, norm), mean)
+
+
+def gradients_of(
+    loss: Loss, params: Pytree, frozen: Pytree, batch: Pytree, parts: int = 1
+) -> tuple[Float[Array, ""], Metrics, Pytree]:
+    """The loss, metrics and gradients of a batch that is worked on in so many parts."""
+    terms, metrics, gradients = (_in_parts if parts > 1 else _at_once)(loss, params, frozen, batch, parts)
+    value = sum((term.value for term in terms.values()), jnp.zeros(()))
+    return value, {name: ratio.value for name, ratio in metrics.items()}, constrain_state(gradients)
+
+
+def _ratios(found: Any) -> dict[str, Ratio]:
+    named = found if isinstance(found, Mapping) else {"loss": found}
+    return {name: x if isinstance(x, Ratio) else Ratio(x, jnp.ones(())) for name, x in named.items()}
+
+
+def _at_once(loss: Loss, params: Pytree, frozen: Pytree, batch: Pytree, _: int) -> tuple[Any, Any, Pytree]:
+    def value(params: Pytree) -> tuple[Array, Any]:
+        terms, metrics = map(_ratios, loss(params, frozen, batch))
+        return sum((term.value for term in terms.values()), jnp.zeros(())), (terms, metrics)
+
+    gradients, (terms, metrics) = jax.grad(value, has_aux=True)(params)
+    return terms, metrics, gradients
+
+
+def _in_parts(loss: Loss, params: Pytree, frozen: Pytree, batch: Pytree, parts: int) -> tuple[Any, Any, Pytree]:
+    """Each term's gradient is summed on its own, because its weight over the whole batch is known only at the end."""
+
+    def of_part(part: Pytree) -> tuple[Any, Any, Any]:
+        def totals(params: Pytree) -> tuple[dict[str, Array], Any]:
+            terms, metrics = map(_ratios, loss(params, frozen, part))
+            return {name: term.total for name, term in terms.items()}, (terms, metrics)
+
+        sums, pull, (terms, metrics) = jax.vjp(totals, params, has_aux=True)
+        one = ({other: jnp.full_like(x, other == name) for other, x in sums.items()} for name in sums)
+        return terms, metrics, [constrain_state(pull(chosen)[0]) for chosen in one]
+
+    cut = split(batch, parts)
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], cut))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), zeros, cut)
+    terms, metrics, gradients = total
+    weights = [jnp.maximum(term.weight, 1e-9) for term in terms.values()]
+    return terms, metrics, jax.tree.map(lambda *g: sum(x / w for x, w in zip(g, weights, strict=True)), *gradients)
+
+
+def split(batch: Pytree, parts: int) -> Pytree:
+    """Micro batches along a new leading axis, each with every `parts`-th sequence, so that no device gives any away.
+
+    Batches by name keep the sequences' numbers in the whole batch, as "row". InputError if the batch does not divide.
+    """
+    size = max(x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x))
+    if size % parts:
+        raise InputError(f"a batch of {size} sequences cannot be worked on in {parts} equal parts; give a divisor")
+    if isinstance(batch, Mapping):
+        batch = {"row": jnp.arange(size), **batch}
+
+    def cut(x: Array) -> Array:
+        if not jnp.ndim(x):
+            return jnp.broadcast_to(x, (parts,))
+        pieces = x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(pieces, None, "batch", "...")
+
+    return jax.tree.map(cut, batch)

@@ -17,10 +17,11 @@ from dflash_jax.config import GatedDeltaConfig, MoeConfig, RopeConfig, TargetCon
 from dflash_jax.models.target import Target
 from train import corpus, losses
 from train.command import command
-from train.data import PackedWindows, fixed_windows, pack
 from train.loop import LoopConfig, Task, run
-from train.step import Metrics, OptimizerConfig, Pytree, TrainState, init_state, make_optimizer, make_step
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.step import Metrics, Pytree, TrainState, init_state, make_step
 from train.tokenizer import VOCAB_SIZE, load_or_train
+from train.windows import PackedWindows, fixed_windows, pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ def train_target(config: TargetTraining) -> tuple[Target, bool]:
     documents, held_out = corpus.split()
     tokenizer = load_or_train(config.tokenizer_folder, (d.text for d in documents))
     tokens, unseen = (pack(tokenizer, [d.text for d in part]) for part in (documents, held_out))
-    data = PackedWindows(tokens, config.sequence, config.batch, config.seed)
+    data = PackedWindows(tokens, config.sequence, config.seed)
 
     architecture = config.architecture.target_config(len(tokenizer), tokenizer.eos_token_id)
     graph, params = nnx.split(Target(architecture, dtype=jnp.float32, rngs=nnx.Rngs(config.seed)))
@@ -161,12 +162,13 @@ def train_target(config: TargetTraining) -> tuple[Target, bool]:
     task = Task(
         step=make_step(loss, optimizer),
         frozen=(),
-        batch=data.batch,
+        data=iter(data.batches(config.batch)),
+        put=lambda batch, step: jax.device_put(batch),
         evaluate=evaluator(graph, fixed_windows(unseen, config.sequence, config.held_out), config.batch),
         tokens_per_step=config.batch * config.sequence,
     )
-    state = run(init_state(params, optimizer), task, config.loop, config.out)
-    return nnx.merge(graph, state.params), int(state.step) == config.loop.steps
+    outcome = run(init_state(params, optimizer), task, config.loop, config.out)
+    return nnx.merge(graph, outcome.state.params), outcome.done
 
 
 def main(config: TargetTraining) -> None:

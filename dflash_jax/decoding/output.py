@@ -45,13 +45,16 @@ class Output:
 
     def update(self, tokens: np.ndarray, counts: np.ndarray) -> None:
         """Take in all that the device knows of this request, prompt included."""
+        self.extend(tokens[self.prompt_length + len(self.tokens) :].tolist(), counts[len(self.counts) :].tolist())
+
+    def extend(self, tokens: list[int], counts: list[int]) -> None:
+        """Take in new tokens, and the rounds that they come from; nothing more once a stop string was found."""
         if self.transcript.stopped:
             return
-        new = tokens[self.prompt_length + len(self.tokens) :].tolist()
-        text, kept = self.transcript.push(new)
-        self.tokens += new[:kept]
+        text, kept = self.transcript.push(tokens)
+        self.tokens += tokens[:kept]
         self.text += text
-        self.counts = counts.tolist()
+        self.counts += counts
 
     def drafted(self) -> list[bool]:
         """For each token, whether the drafter had it: all of a round but the bonus."""

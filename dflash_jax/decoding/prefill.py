@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from dflash_jax.cache import DrafterCache, TargetCache
 from dflash_jax.decoding.acceptance import decide
@@ -80,10 +80,24 @@ def _chunk(
     cache, draft_cache, last = carry
     rows = jax.lax.dynamic_slice_in_dim(prompts, i * size, size, axis=1)
     count = jnp.clip(lengths - i * size, 0, size)
+    cache, draft_cache, end = prefill_rows(target, drafter, rows, count, cache, draft_cache)
+    ends_here = (count > 0) & (lengths <= (i + 1) * size)
+    return cache, draft_cache, jnp.where(ends_here[:, None], end, last)
+
+
+def prefill_rows(
+    target: Target,
+    drafter: Drafter | None,
+    rows: Int[Array, "B T"],
+    count: Int[Array, "B"],
+    cache: TargetCache,
+    draft_cache: DrafterCache | None,
+) -> tuple[TargetCache, DrafterCache | None, Float[Array, "B D"]]:
+    """Commit the first `count[b]` of T known tokens to both caches; also the hidden state of the last one."""
     taps = () if drafter is None else drafter.config.tap_ids
     out, new = target.prefill(rows, count, cache, tap_ids=taps)
     if drafter is not None and draft_cache is not None:
-        draft_cache = draft_cache.commit(drafter.context(out.taps, cache.lengths), cache.lengths, count)
-    ends_here = (count > 0) & (lengths <= (i + 1) * size)
+        context = drafter.context(out.taps, cache.lengths)
+        draft_cache = draft_cache.commit(context, cache.lengths, count, cache.page_table)
     end = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return new, draft_cache, jnp.where(ends_here[:, None], end, last)
+    return new, draft_cache, end

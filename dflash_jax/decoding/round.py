@@ -43,7 +43,10 @@ def decode_round(
         if drafter is None or state.draft_cache is None or width == 1:
             proposal = plain_proposal(anchor)
         else:
-            proposal = propose(target, drafter, anchor, state.draft_cache, state.cache.lengths, sampling, width)
+            cache = state.cache
+            proposal = propose(
+                target, drafter, anchor, state.draft_cache, cache.lengths, sampling, width, cache.page_table
+            )
     with jax.named_scope("verify"):
         taps = () if drafter is None else drafter.config.tap_ids
         forward = target.verify(jnp.maximum(proposal.tokens, 0), state.cache, tap_ids=taps)
@@ -61,7 +64,7 @@ def commit(state: DecodeState, drafter: Drafter | None, forward: Forward, accept
     draft_cache = state.draft_cache
     if drafter is not None and draft_cache is not None:
         context = drafter.context(forward.taps, state.cache.lengths)
-        draft_cache = draft_cache.commit(context, state.cache.lengths, count)
+        draft_cache = draft_cache.commit(context, state.cache.lengths, count, state.cache.page_table)
     this_round = (jnp.arange(state.counts.shape[1]) == state.rounds[:, None]) & running[:, None]
     state = replace(
         state,

@@ -31,6 +31,11 @@ class SamplingPlan:
     slots: int = 0  # how many of the largest logits hold everything that the filters leave; 0: they need all
 
     @property
+    def neutral(self) -> bool:
+        """Whether only the largest logit counts."""
+        return not (self.random or self.penalties or self.bias)
+
+    @property
     def whole(self) -> bool:
         """Whether whole rows of logits are needed."""
         return self.penalties or self.bias or (self.random and self.filters and not self.slots)
@@ -53,7 +58,16 @@ class Sampling:
     plan: SamplingPlan = field(metadata={"static": True})
 
     @staticmethod
-    def build(
+    def build(batch: int, vocab: int, **settings: Any) -> "Sampling | None":
+        """The settings of a batch, as `pack` takes them, on the device.
+
+        None where every request is greedy without penalties or bias: the rounds then only take an argmax.
+        """
+        packed = Sampling.pack(batch, vocab, **settings)
+        return None if packed.plan.neutral else jax.tree.map(jnp.asarray, packed)
+
+    @staticmethod
+    def pack(
         batch: int,
         vocab: int,
         *,
@@ -66,16 +80,15 @@ class Sampling:
         frequency_penalty: Any = 0.0,
         logit_bias: Any = None,
         seed: Any = 0,
-    ) -> "Sampling | None":
+    ) -> "Sampling":
         """Check and pack the settings: each a scalar for the whole batch or a sequence of length `batch`.
 
         Requests with one seed and one prompt get one answer, whatever else is in the batch; give each a seed for more.
-        `logit_bias` is {token id: bias}, or a sequence of such (or None) a request.
+        `logit_bias` is {token id: bias}, or a sequence of such (or None) a request. The arrays are numpy's.
 
-        Returns None where every request is greedy without penalties or bias: the rounds then only take an argmax.
         Raises InputError for a value out of its range or a sequence of another length.
         """
-        values = {
+        values: dict[str, Any] = {
             "temperature": _floats(
                 temperature, batch, "temperature", lambda x: x >= 0, "a finite number >= 0 (0 is greedy)"
             ),
@@ -103,15 +116,7 @@ class Sampling:
         )
         if plan.filters and not (plan.penalties or plan.bias):
             plan = replace(plan, slots=_slots(values["top_k"][values["temperature"] > 0]))
-        if not (plan.random or plan.penalties or plan.bias):
-            return None
-        arrays = {name: jnp.asarray(value) for name, value in values.items()}
-        return Sampling(
-            **arrays,
-            seed=jnp.asarray(seeds),
-            logit_bias=None if bias is None else jnp.asarray(bias),
-            plan=plan,
-        )
+        return Sampling(**values, seed=seeds, logit_bias=bias, plan=plan)  # pyrefly: ignore[bad-argument-type]
 
 
 def _slots(top_k: np.ndarray) -> int:

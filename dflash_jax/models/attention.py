@@ -1,6 +1,7 @@
 """Grouped-query attention of the targets: biases, q/k norms, output gate, sinks and windows by configuration."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.cache import KeyValues
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.layers import RMSNorm, Rotation, linear, rotate
-from dflash_jax.sharding import per_shard, with_copies
+from dflash_jax.sharding import per_shard, shards, with_copies
 from pallas_kernels.block_attention import block_attention
+from pallas_kernels.document_attention import document_attention
 
 
 def sharded_attention(
@@ -21,6 +23,7 @@ def sharded_attention(
     k: Float[Array, "B W K H"],
     v: Float[Array, "B W K H"],
     lengths: Int[Array, "B"],
+    page_table: Int[Array, "B n"] | None = None,
     *,
     sinks: Float[Array, "N"] | None = None,
     **options: Any,
@@ -28,16 +31,37 @@ def sharded_attention(
     """`block_attention` on every device's own sequences and heads; arguments and results as there.
 
     Where there are fewer KV heads than the axis is long, each is copied, so that a shard has just the one it needs.
+    Pages belong to no sequence: ValueError for a page table on a mesh that spreads the batch.
     """
     k, v = with_copies(k), with_copies(v)
+    if page_table is not None and shards("batch") > 1:
+        raise ValueError("a paged cache takes a mesh whose axes data and fsdp have size 1")
 
-    def attend(q: Array, keys: Array, values: Array, k: Array, v: Array, lengths: Array, sinks: Array | None) -> Any:
-        return block_attention(q, keys, values, k, v, lengths, sinks=sinks, **options)
+    def attend(
+        q: Array, keys: Array, values: Array, k: Array, v: Array, lengths: Array, table: Array | None, sinks: Any
+    ) -> Any:
+        return block_attention(q, keys, values, k, v, lengths, page_table=table, sinks=sinks, **options)
 
     queries, rows = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-    cached = ("batch", "kv_heads", None, None)
-    inputs = [queries, cached, cached, rows, rows, ("batch",), ("heads",)]
-    return per_shard(attend, inputs, (queries, cached, cached))(q, cache.keys, cache.values, k, v, lengths, sinks)
+    cached = ("batch" if page_table is None else None, "kv_heads", None, None)
+    inputs = [queries, cached, cached, rows, rows, ("batch",), ("batch", None), ("heads",)]
+    arrays = q, cache.keys, cache.values, k, v, lengths, page_table, sinks
+    return per_shard(attend, inputs, (queries, cached, cached))(*arrays)
+
+
+def packed_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    *,
+    sinks: Float[Array, "N"] | None = None,
+    **options: Any,
+) -> Float[Array, "B T N H"]:
+    """`document_attention` on every device's own sequences and heads."""
+    rows, kv_rows = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    run = per_shard(partial(document_attention, **options), [rows, kv_rows, kv_rows, ("batch", None), ("heads",)], rows)
+    return run(q, with_copies(k), with_copies(v), segments, sinks)
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +72,8 @@ class Place:
     lengths: Int[Array, "B"]  # committed rows before them
     count: Int[Array, "B"]  # how many of the rows are real
     rotation: Rotation
+    segments: Int[Array, "B W"] | None = None  # the documents in a row; None: one
+    page_table: Int[Array, "B n"] | None = None
 
 
 class Attention(nnx.Module):
@@ -81,10 +107,16 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, place.rotation), rotate(k, place.rotation)
-        out, keys, values = sharded_attention(
-            q, cache, k, v, place.lengths, causal=True, scale=c.head_dim**-0.5, window=self.window,
-            sinks=None if self.sinks is None else self.sinks[...],
-        )  # fmt: skip
+        options: Any = {
+            "scale": c.head_dim**-0.5,
+            "window": self.window,
+            "sinks": None if self.sinks is None else self.sinks[...],
+        }
+        if place.segments is None:
+            out, *rows = sharded_attention(q, cache, k, v, place.lengths, place.page_table, causal=True, **options)
+            cache = KeyValues(*rows)
+        else:
+            out = packed_attention(q, k, v, place.segments, **options)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o_proj(out.reshape(B, W, -1)), KeyValues(keys, values)
+        return self.o_proj(out.reshape(B, W, -1)), cache

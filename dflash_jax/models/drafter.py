@@ -83,8 +83,10 @@ class Selector(nnx.Module):
 
     def __init__(self, config: DrafterConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.selector_rank)
-        self.predecessor = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
-        self.successor = nnx.Param(jnp.zeros(shape, dtype))
+        # Their width is spread, not their tokens: a row is then looked up where it is needed.
+        axes = (None, "rank")
+        self.predecessor = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype), axes=axes)
+        self.successor = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
         self.hidden = linear(config.hidden_size, config.selector_rank, ("embed", None), dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -108,15 +110,18 @@ class Drafter(nnx.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         self.selector = Selector(c, dtype=dtype, rngs=rngs) if c.selector_rank else None
 
-    def context(self, taps: Float[Array, "B T CD"], lengths: Int[Array, "B"]) -> tuple[tuple[Array, Array], ...]:
-        """Keys and values [B, T, K, H] of T context positions from `lengths[b]` on, for every layer.
+    def context(
+        self, taps: Float[Array, "B T CD"], lengths: Int[Array, "B"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[tuple[Array, Array], ...]:
+        """Keys and values [B, T, K, H] of T context rows for every layer, from one stacked product.
 
-        They come from one stacked product.
+        They stand at `lengths[b]` and after, or at the given positions.
         """
         c = self.config
         B, T, _ = taps.shape
+        positions = lengths[:, None] + jnp.arange(T) if positions is None else positions
         features = self.hidden_norm(self.fc(taps.astype(self.fc.kernel.dtype)))
-        turn = rotation(lengths[:, None] + jnp.arange(T), c.rope, features.dtype)
+        turn = rotation(positions, c.rope, features.dtype)
         keys_values = self.kv_proj(features).reshape(c.num_layers, B, T, 2, c.num_kv_heads, c.head_dim)
 
         return tuple(
@@ -125,7 +130,11 @@ class Drafter(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B W D"], cache: DrafterCache, lengths: Int[Array, "B"]
+        self,
+        x: Float[Array, "B W D"],
+        cache: DrafterCache,
+        lengths: Int[Array, "B"],
+        page_table: Int[Array, "B n"] | None = None,
     ) -> Float[Array, "B W D"]:
         """Hidden states of the block after the final norm; x are its embeddings. Nothing of the block is kept."""
         c = self.config
@@ -133,14 +142,16 @@ class Drafter(nnx.Module):
         turn = rotation(lengths[:, None] + jnp.arange(x.shape[1]), c.rope, x.dtype)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"draft{i}"):
-                x = layer(x, lambda h, i=i: self._attend(i, h, cache.layers[i], lengths, turn))
+                x = layer(x, lambda h, i=i: self._attend(i, h, cache.layers[i], lengths, page_table, turn))
         return self.norm(x)
 
-    def _attend(self, i: int, h: Array, cache: KeyValues, lengths: Array, turn: Rotation) -> Array:
+    def _attend(
+        self, i: int, h: Array, cache: KeyValues, lengths: Array, page_table: Array | None, turn: Rotation
+    ) -> Array:
         c, (B, W, _) = self.config, h.shape
         q, k, v = self.heads(i, h)
         out, *_ = sharded_attention(
-            rotate(q, turn), cache, rotate(k, turn), v, lengths,
+            rotate(q, turn), cache, rotate(k, turn), v, lengths, page_table,
             causal=c.causal[i], scale=c.head_dim**-0.5, window=self.window(i), write=False,
         )  # fmt: skip
         return out.reshape(B, W, -1)

@@ -51,8 +51,8 @@ class GatedDelta(nnx.Module):
             out, state, left = per_shard(gated_delta_block, _INPUTS, (_ROWS, _STATE, _STATE))(*given)
             rows = DeferredRows(state=state, rows=left, tail=cache.conv, mixed=mix)
         else:
-            run = per_shard(gated_delta_prefill, (*_INPUTS, ("batch",)), (_ROWS, _STATE))
-            out, state = run(*given, place.count)
+            run = per_shard(gated_delta_prefill, (*_INPUTS, ("batch",), ("batch", None)), (_ROWS, _STATE))
+            out, state = run(*given, place.count, place.segments)
             rows = cache.after(state, mix, place.count)
         gated = self.norm(out).astype(jnp.float32) * jax.nn.silu(z.reshape(out.shape).astype(jnp.float32))
         return self.out_proj(gated.astype(x.dtype).reshape(B, W, -1)), rows

@@ -1,7 +1,7 @@
 """The target: a decoder whose layers, norms, attention and MLPs are chosen by its configuration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dflash_jax.cache import TargetCache
 from dflash_jax.config import TargetConfig
+from dflash_jax.documents import positions
 from dflash_jax.models.attention import Attention, Place
 from dflash_jax.models.gated_delta import GatedDelta
 from dflash_jax.models.head import Head
@@ -83,11 +84,13 @@ class Target(nnx.Module):
         *,
         tap_ids: Sequence[int],
         deferred: bool,
+        segments: Int[Array, "B W"] | None = None,
     ) -> Forward:
         """Run W rows, the first `count[b]` of them real."""
-        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+        at = cache.lengths[:, None] + jnp.arange(tokens.shape[1]) if segments is None else positions(segments)
         x = self.lookup(tokens)
-        place = Place(cache.lengths, count, rotation(positions, self.config.rope, x.dtype))
+        turn = rotation(at, self.config.rope, x.dtype)
+        place = Place(cache.lengths, count, turn, segments, cache.page_table)
         taps, layers, routers = {}, [], []
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer{i}"):
@@ -109,13 +112,19 @@ class Target(nnx.Module):
     ) -> tuple[Forward, TargetCache]:
         """Run and commit the first `count[b]` of W known tokens a sequence."""
         out = self(tokens, cache, count, tap_ids=tap_ids, deferred=False)
-        return out, TargetCache(cache.lengths + count, out.layers)
+        return out, replace(cache, lengths=cache.lengths + count, layers=out.layers)
 
-    def sequence(self, tokens: Int[Array, "B T"], *, tap_ids: Sequence[int] = ()) -> Forward:
-        """Run whole sequences from nothing, for training and for `Pair.logits`; the rows are not kept."""
+    def sequence(
+        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None, *, tap_ids: Sequence[int] = ()
+    ) -> Forward:
+        """Run whole sequences from nothing, for training and for `Pair.logits`; the rows are not kept.
+
+        Documents of one row, numbered by `segments`, do not see each other: each runs as if it were alone.
+        """
         batch, length = tokens.shape
         cache = TargetCache.empty(self.config, batch, 0, 1, self.embed.embedding.dtype)
-        return self(tokens, cache, jnp.full(batch, length), tap_ids=tap_ids, deferred=False)
+        everything = jnp.full(batch, length)
+        return self(tokens, cache, everything, tap_ids=tap_ids, deferred=False, segments=segments)
 
     def lookup(self, tokens: Int[Array, "B W"]) -> Float[Array, "B W D"]:
         """The tokens' embeddings."""

@@ -22,22 +22,25 @@ def anchored_attention(
     causal: bool,
     window: int | None = None,
     scale: float,
+    starts: Int[Array, "B A"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B A W N H"]:
     """Softmax in fp32 over the context strictly before each anchor and the block's own rows; no block sees another.
 
     Row w of block a stands at position `anchors[b, a] + w`; a window counts the query itself. Anchors may stand in any
-    order and may be outside 0..T; ascending ones leave out the most work. Gradients go to the five float inputs: by
-    autodiff of the reference (CPU, and GPU), by kernels of their own on a TPU.
+    order and may be outside 0..T; ascending ones leave out the most work. Where several documents lie in one row, a
+    block sees its own only: from `starts[b, a]` on, or from 0. Gradients go to the five float inputs: by autodiff of
+    the reference (CPU, and GPU), by kernels of their own on a TPU.
 
     Raises:
         ValueError: for shapes that do not fit each other, a window below 1, or an `implementation` that does not take
             these shapes
     """
-    _check(q, ctx_k, ctx_v, blk_k, blk_v, anchors, window)
+    starts = jnp.zeros_like(anchors) if starts is None else starts
+    _check(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, window)
     options = {"causal": causal, "window": window, "scale": scale}
     return dispatch(
-        implementation, q, ctx_k, ctx_v, blk_k, blk_v, anchors,
+        implementation, q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts,
         reference=functools.partial(reference.anchored_attention, **options),
         tpu=functools.partial(tpu.anchored_attention, **options) if tpu.takes(q, ctx_k) else None,
         gpu=functools.partial(gpu.anchored_attention, **options) if gpu.takes(q, ctx_k) else None,
@@ -45,7 +48,7 @@ def anchored_attention(
 
 
 def _check(
-    q: Array, ctx_k: Array, ctx_v: Array, blk_k: Array, blk_v: Array, anchors: Array, window: int | None
+    q: Array, ctx_k: Array, ctx_v: Array, blk_k: Array, blk_v: Array, anchors: Array, starts: Array, window: int | None
 ) -> None:
     B, A, W, N, H = q.shape
     T, K = ctx_k.shape[1:3]
@@ -56,8 +59,9 @@ def _check(
             raise ValueError(f"{name} is {given[name].shape}; queries {q.shape} and context of {T} want {shape}")
         if given[name].dtype != q.dtype:
             raise ValueError(f"{name} is {given[name].dtype} and the queries are {q.dtype}; give one dtype")
-    if anchors.shape != (B, A) or not jnp.issubdtype(anchors.dtype, jnp.integer):
-        raise ValueError(f"anchors are {anchors.dtype} {anchors.shape}; give integers {(B, A)}")
+    for name, places in (("anchors", anchors), ("starts", starts)):
+        if places.shape != (B, A) or not jnp.issubdtype(places.dtype, jnp.integer):
+            raise ValueError(f"{name} are {places.dtype} {places.shape}; give integers {(B, A)}")
     if N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} KV heads")
     if window is not None and window < 1:

@@ -44,13 +44,13 @@ def _write_sums(sums, targets, stage, sems, plan: Plan, at, scales) -> None:
 
 
 def _kernel(
-    anchors, limits, q_ref, do_ref, out_ref, lse, k_ref, v_ref, blk_k, blk_v,
+    anchors, starts, limits, q_ref, do_ref, out_ref, lse, k_ref, v_ref, blk_k, blk_v,
     dq, dblk_k, dblk_v, dk_hbm, dv_hbm,
     q, do, delta, dq_sum, dk_sum, dv_sum, stage, sems, *, options: Options,
 ):  # fmt: skip
     plan, window, tile = options.plan, options.window, options.plan.tile_context
     b, k, span, step = (pl.program_id(i) for i in range(4))
-    now = Step.of(anchors, limits, plan, b, step)
+    now = Step.of(anchors, starts, limits, plan, b, step)
 
     @pl.when(step == 0)
     def _begin():
@@ -83,7 +83,7 @@ def _kernel(
         keys, values, seen = k_ref[at, :], v_ref[at, :], None
         if masked:
             start = span * plan.back_span + i * tile
-            seen = context_mask(start, plan, *reach(now.anchors, plan, window))
+            seen = context_mask(start, plan, *reach(now.anchors, now.starts, plan, window))
             keys, values = only(keys, seen), only(values, seen)
         dkeys, dvalues = gradients(keys, values, seen)
         dk_sum[at, :] += dkeys
@@ -108,6 +108,7 @@ def backward(
     blk_k: Float[Array, "B AW KH"],
     blk_v: Float[Array, "B AW KH"],
     anchors: Int[Array, "B A"],
+    starts: Int[Array, "B A"],
     out: Float[Array, "B AW NH"],
     lse: Float[Array, "B K 1 R"],
     do: Float[Array, "B AW NH"],
@@ -134,7 +135,7 @@ def backward(
     partial, dblk_k, dblk_v, dk, dv = pl.pallas_call(
         functools.partial(_kernel, options=options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(plan.batch, plan.groups, spans, plan.steps),
             in_specs=[rows, rows, rows, of_rows, context, context, block, block],
             out_specs=[dq, block, block, hbm, hbm],
@@ -156,6 +157,6 @@ def backward(
         ),
         interpret=options.interpret,
         name="anchored_attention_backward",
-    )(anchors, step_bounds(anchors, options), q, do, out, lse, ctx_k, ctx_v, blk_k, blk_v)  # fmt: skip
+    )(anchors, starts, step_bounds(anchors, starts, options), q, do, out, lse, ctx_k, ctx_v, blk_k, blk_v)  # fmt: skip
     whole = partial[0] if spans == 1 else partial.sum(0).astype(q.dtype)
     return whole, dk, dv, dblk_k, dblk_v

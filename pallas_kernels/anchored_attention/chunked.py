@@ -14,6 +14,7 @@ def gradients(
     blk_k: Float[Array, "B A W K H"],
     blk_v: Float[Array, "B A W K H"],
     anchors: Int[Array, "B A"],
+    starts: Int[Array, "B A"],
     do: Float[Array, "B A W N H"],
     *,
     causal: bool,
@@ -40,21 +41,22 @@ def gradients(
         return x.reshape(chunks, chunk, *x.shape[1:])
 
     def of_sequence(given: tuple[Array, ...]) -> tuple[Array, ...]:
-        q, k, v, blk_k, blk_v, anchors, do = given
+        q, k, v, blk_k, blk_v, anchors, starts, do = given
 
         def of_chunk(sums: tuple[Array, Array], blocks: tuple[Array, ...]) -> tuple:
-            q, blk_k, blk_v, anchors, do = (x[None] for x in blocks)
+            q, blk_k, blk_v, anchors, starts, do = (x[None] for x in blocks)
 
             def attend(q: Array, k: Array, v: Array, blk_k: Array, blk_v: Array) -> Array:
-                context_seen = context_mask(anchors, W, T, window)
+                context_seen = context_mask(anchors, starts, W, T, window)
                 return masked_attention(q, k[None], v[None], blk_k, blk_v, context_seen, own_seen, scale)
 
             dq, dk, dv, dblk_k, dblk_v = jax.vjp(attend, q, k, v, blk_k, blk_v)[1](do)
             return (sums[0] + dk, sums[1] + dv), (dq[0], dblk_k[0], dblk_v[0])
 
         zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-        (dk, dv), of_blocks = jax.lax.scan(of_chunk, zeros, tuple(cut(x) for x in (q, blk_k, blk_v, anchors, do)))
+        of_blocks = tuple(cut(x) for x in (q, blk_k, blk_v, anchors, starts, do))
+        (dk, dv), of_blocks = jax.lax.scan(of_chunk, zeros, of_blocks)
         dq, dblk_k, dblk_v = (x.reshape(-1, *x.shape[2:])[:A, :real_rows] for x in of_blocks)
         return dq, dk.astype(k.dtype), dv.astype(v.dtype), dblk_k, dblk_v
 
-    return jax.lax.map(of_sequence, (q, ctx_k, ctx_v, blk_k, blk_v, anchors, do))
+    return jax.lax.map(of_sequence, (q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, do))

@@ -77,22 +77,22 @@ def own_mask(plan: Plan, causal: bool, window: int | None) -> jax.Array:
 
 
 def reach(
-    anchors: list[jax.Array], plan: Plan, window: int | None
-) -> tuple[jax.Array, jax.Array | None]:  # [1, folded] each
-    """Each row sees the context positions from the second (None: from 0) to before the first."""
+    anchors: list[jax.Array], starts: list[jax.Array], plan: Plan, window: int | None
+) -> tuple[jax.Array, jax.Array]:  # [1, folded] each
+    """Each row sees the context positions from the second to before the first."""
     block, row = columns(plan)
-    anchor = jnp.zeros_like(block)
-    for i, value in enumerate(anchors):
-        anchor = jnp.where(block == i, value, anchor)
-    first = None if window is None else anchor + row - window + 1
+    anchor = first = jnp.zeros_like(block)
+    for i, (value, start) in enumerate(zip(anchors, starts, strict=True)):
+        anchor, first = jnp.where(block == i, value, anchor), jnp.where(block == i, start, first)
+    if window is not None:
+        first = jnp.maximum(first, anchor + row - window + 1)
     return jnp.minimum(anchor, plan.real_context), first
 
 
-def context_mask(start: jax.Array, plan: Plan, end: jax.Array, first: jax.Array | None) -> jax.Array:
+def context_mask(start: jax.Array, plan: Plan, end: jax.Array, first: jax.Array) -> jax.Array:
     """[tile_context, folded]: which positions of the tile at `start` a row sees."""
     t = start + jax.lax.broadcasted_iota(jnp.int32, (plan.tile_context, 1), 0)
-    seen = t < end
-    return seen if first is None else seen & (t >= first)
+    return (t >= first) & (t < end)
 
 
 def only(x: jax.Array, seen: jax.Array) -> jax.Array:

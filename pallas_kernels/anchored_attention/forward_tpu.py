@@ -25,11 +25,11 @@ class Options(NamedTuple):
     interpret: Any = False
 
 
-def step_bounds(anchors: Int[Array, "B A"], options: Options) -> Int[Array, "4 BS"]:
+def step_bounds(anchors: Int[Array, "B A"], starts: Int[Array, "B A"], options: Options) -> Int[Array, "4 BS"]:
     """`bounds` for the plan's steps and tiles."""
     plan = options.plan
     return bounds(
-        anchors, per_step=plan.tile_anchors, rows=plan.rows, tile=plan.tile_context, length=plan.real_context,
+        anchors, starts, per_step=plan.tile_anchors, rows=plan.rows, tile=plan.tile_context, length=plan.real_context,
         window=options.window,
     )  # fmt: skip
 
@@ -38,13 +38,15 @@ class Step(NamedTuple):
     """The scalars of a grid step."""
 
     anchors: list[jax.Array]
+    starts: list[jax.Array]
     tiles: tuple[jax.Array, ...]
 
     @classmethod
-    def of(cls, anchors: Any, limits: Any, plan: Plan, b: Any, step: Any) -> "Step":
+    def of(cls, anchors: Any, starts: Any, limits: Any, plan: Plan, b: Any, step: Any) -> "Step":
         at = b * plan.steps + step
-        mine = [anchors[b, step * plan.tile_anchors + i] for i in range(plan.tile_anchors)]
-        return cls(mine, tuple(limits[i, at] for i in range(4)))
+        blocks = [step * plan.tile_anchors + i for i in range(plan.tile_anchors)]
+        mine, begins = ([of[b, block] for block in blocks] for of in (anchors, starts))
+        return cls(mine, begins, tuple(limits[i, at] for i in range(4)))
 
     def each_tile(self, span: Any, tiles_of_span: int, edge: Any, whole: Any) -> None:
         """Call `edge` or `whole` with the index in this span of each tile that some row, or every row, sees."""
@@ -55,11 +57,11 @@ class Step(NamedTuple):
 
 
 def _kernel(
-    anchors, limits, q_ref, k_ref, v_ref, blk_k, blk_v, out, lse, q, top, total, acc, *, options: Options
+    anchors, starts, limits, q_ref, k_ref, v_ref, blk_k, blk_v, out, lse, q, top, total, acc, *, options: Options
 ):  # fmt: skip
     plan, window, tile = options.plan, options.window, options.plan.tile_context
     b, step, span = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    now = Step.of(anchors, limits, plan, b, step)
+    now = Step.of(anchors, starts, limits, plan, b, step)
 
     def absorb(keys: jax.Array, values: jax.Array, seen: jax.Array | None) -> None:
         scores = dot(keys, q[...], (1, 1)) * options.scale  # [keys, rows]
@@ -88,7 +90,7 @@ def _kernel(
     def edge(i: jax.Array) -> None:
         keys, values = tile_at(i)
         start = span * plan.span + i * tile
-        seen = context_mask(start, plan, *reach(now.anchors, plan, window))
+        seen = context_mask(start, plan, *reach(now.anchors, now.starts, plan, window))
         absorb(keys, only(values, seen), seen)
 
     now.each_tile(span, plan.span // tile, edge, whole)
@@ -108,11 +110,12 @@ def forward(
     blk_k: Float[Array, "B AW KH"],
     blk_v: Float[Array, "B AW KH"],
     anchors: Int[Array, "B A"],
+    starts: Int[Array, "B A"],
 ) -> tuple[Float[Array, "B AW NH"], Float[Array, "B K 1 R"]]:
     """Output and log-sum-exps, these in the order of folded rows. Shapes are the plan's padded ones."""
     plan = options.plan
 
-    def context_at(b, k, step, span, anchors, limits):
+    def context_at(b, k, step, span, anchors, starts, limits):
         if plan.spans > 1:  # a span that the step does not need repeats another, which is not loaded again
             at, tiles = b * plan.steps + step, plan.span // plan.tile_context
             first = jnp.minimum(limits[0, at] // tiles, plan.spans - 1)
@@ -128,7 +131,7 @@ def forward(
     return pl.pallas_call(
         functools.partial(_kernel, options=options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(plan.batch, plan.groups, plan.steps, plan.spans),
             in_specs=[rows, context, context, block, block],
             out_specs=[rows, lse],
@@ -149,4 +152,4 @@ def forward(
         ),
         interpret=options.interpret,
         name="anchored_attention_forward",
-    )(anchors, step_bounds(anchors, options), q, ctx_k, ctx_v, blk_k, blk_v)  # fmt: skip
+    )(anchors, starts, step_bounds(anchors, starts, options), q, ctx_k, ctx_v, blk_k, blk_v)  # fmt: skip

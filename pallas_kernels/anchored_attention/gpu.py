@@ -34,9 +34,9 @@ def tile_context(head: int) -> int:
     return 128 if head <= 128 else 64
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _attend(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, interpret):
-    return _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
+def _attend(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, causal, window, scale, interpret):
+    return _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, causal, window, scale, interpret)
 
 
 def anchored_attention(
@@ -46,6 +46,7 @@ def anchored_attention(
     blk_k: Float[Array, "B A W K H"],
     blk_v: Float[Array, "B A W K H"],
     anchors: Int[Array, "B A"],
+    starts: Int[Array, "B A"],
     *,
     causal: bool,
     window: int | None,
@@ -53,23 +54,23 @@ def anchored_attention(
     interpret: Any = None,
 ) -> Float[Array, "B A W N H"]:
     """As the reference. All context rows must be finite: a row that no block sees is multiplied by 0."""
-    return _attend(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, interpret)
+    return _attend(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, causal, window, scale, interpret)
 
 
 def _attend_forward(*arguments):
-    return _attend(*arguments), arguments[:6]
+    return _attend(*arguments), arguments[:7]
 
 
 def _attend_backward(causal, window, scale, interpret, saved, do):
-    q, ctx_k, ctx_v, blk_k, blk_v, anchors = saved
+    q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts = saved
     options = {"causal": causal, "window": window, "scale": scale}
-    return *gradients(q, ctx_k, ctx_v, blk_k, blk_v, anchors, do, **options), None
+    return *gradients(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, do, **options), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, interpret) -> Array:
+def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, causal, window, scale, interpret) -> Array:
     B, A, real_rows, N, H = q.shape
     T, K = ctx_k.shape[1:3]
     W = 1 << (real_rows - 1).bit_length()  # so that no block lies across two warpgroups
@@ -84,8 +85,8 @@ def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, inte
     def whole_tiles(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, -T % tile), (0, 0), (0, 0)))
 
-    anchors = jnp.pad(anchors.astype(jnp.int32), ((0, 0), (0, more)), mode="edge")
-    limits = bounds(anchors, per_step=step_anchors, rows=W, tile=tile, length=T, window=window)
+    anchors, starts = (jnp.pad(x.astype(jnp.int32), ((0, 0), (0, more)), mode="edge") for x in (anchors, starts))
+    limits = bounds(anchors, starts, per_step=step_anchors, rows=W, tile=tile, length=T, window=window)
     steps = anchors.shape[1] // step_anchors
     body = functools.partial(
         _kernel, rows=W, real_rows=real_rows, length=T, group=N // K, tile=tile, steps=steps, causal=causal,
@@ -111,12 +112,12 @@ def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, causal, window, scale, inte
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(anchors, limits, flat(q), whole_tiles(ctx_k), whole_tiles(ctx_v), flat(blk_k), flat(blk_v))
+    )(anchors, starts, limits, flat(q), whole_tiles(ctx_k), whole_tiles(ctx_v), flat(blk_k), flat(blk_v))
     return out.reshape(B, -1, W, N, H)[:, :A, :real_rows]
 
 
 def _kernel(
-    anchors, limits, q_gmem, ctx_k, ctx_v, blk_k, blk_v, out, q_smem, k_smem, v_smem,
+    anchors, starts, limits, q_gmem, ctx_k, ctx_v, blk_k, blk_v, out, q_smem, k_smem, v_smem,
     q_ready, k_ready, v_ready, k_free, v_free,
     *, rows, real_rows, length, group, tile, steps, causal, window, scale, interpreted,
 ):  # fmt: skip
@@ -171,10 +172,11 @@ def _kernel(
             row, t = places()
             t += (begin + i - own) * tile
             first = step * (2 * ROWS // rows) + wg * (ROWS // rows)
-            anchor = jnp.zeros_like(row)
+            anchor = start = jnp.zeros_like(row)
             for block in range(ROWS // rows):
                 anchor = jnp.where(block_of(row) == block, anchors[b, first + block], anchor)
-            seen = (t < anchor) & (t < length)
+                start = jnp.where(block_of(row) == block, starts[b, first + block], start)
+            seen = (t >= start) & (t < anchor) & (t < length)
             return seen if window is None else seen & (t > anchor + (row & (rows - 1)) - window)
 
         top, denominator = (laid(jnp.full((ROWS,), x, jnp.float32), WGMMA.reduce(1)) for x in (HIDDEN, 0.0))

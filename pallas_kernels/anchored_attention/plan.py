@@ -104,8 +104,8 @@ class Plan:
         return spans * (3 * q + lse) + dq + 4 * block + 4 * context + self.scalar_bytes()
 
     def scalar_bytes(self) -> int:
-        """Anchors and the four bounds of each step."""
-        return 4 * self.batch * (self.anchors + 4 * self.steps)
+        """Anchors, starts of their documents, and the four bounds of each step."""
+        return 4 * self.batch * (2 * self.anchors + 4 * self.steps)
 
     def products(self, window: int | None) -> int:
         """Flops of one product of all query rows with what they see, for anchors spread evenly over the context."""

@@ -19,6 +19,7 @@ def anchored_attention(
     blk_k: Float[Array, "B A W K H"],
     blk_v: Float[Array, "B A W K H"],
     anchors: Int[Array, "B A"],
+    starts: Int[Array, "B A"],
     *,
     causal: bool,
     window: int | None,
@@ -32,8 +33,9 @@ def anchored_attention(
     q_rows, block_k, block_v = (_rows(x, plan) for x in (q, blk_k, blk_v))
     keys, values = (_flat(_pad(x, {1: plan.context, 3: plan.head})) for x in (ctx_k, ctx_v))
     # Padding blocks repeat the last anchor: another one would make the last step's rows differ more in what they see.
-    anchors = jnp.pad(anchors.astype(jnp.int32), ((0, 0), (0, plan.anchors - anchors.shape[1])), mode="edge")
-    out = _attend(options, q_rows, keys, values, block_k, block_v, anchors)
+    more = ((0, 0), (0, plan.anchors - anchors.shape[1]))
+    anchors, starts = (jnp.pad(x.astype(jnp.int32), more, mode="edge") for x in (anchors, starts))
+    out = _attend(options, q_rows, keys, values, block_k, block_v, anchors, starts)
     out = out.reshape(*out.shape[:1], plan.anchors, plan.rows, q.shape[3], plan.head)
     return out[:, : q.shape[1], : q.shape[2], :, : q.shape[4]]
 
@@ -49,7 +51,7 @@ def _forward(options: Options, *arrays: Array) -> tuple[Array, tuple[Array, ...]
 
 
 def _backward(options: Options, saved: tuple[Array, ...], do: Array) -> tuple[Array | None, ...]:
-    return *backward(options, *saved, do), None
+    return *backward(options, *saved, do), None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -1,5 +1,6 @@
 """Attention of a block of rows against a cache and against itself: the definition, in jnp."""
 
+from collections.abc import Callable
 from functools import reduce
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.block_attention.rows import gather_pages, write_rows
 
 HIDDEN = -1e30  # a finite score: a row without any visible key stays finite
+LEAST_GATHERED = 256  # rows of a sequence below which it does not pay to gather fewer
 
 
 def visible(
@@ -82,23 +84,40 @@ def attend(
     B, W = q.shape[:2]
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
     taken = write and keys.shape[2] > 0
-    caches = keys, values
-    if page_table is not None:
-        caches = tuple(gather_pages(c, page_table, lengths, W) for c in caches)
-    if taken:
-        caches = tuple(write_rows(c, r, lengths) for c, r in zip(caches, own, strict=True))
-    seen = visible(lengths, W, caches[0].shape[2], causal, window, mask, depths, own=taken)
-    parts = [(caches[0], caches[1], seen)] if caches[0].shape[2] else []
-    if not taken:
-        parts.append((own[0], own[1], jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))))
-    out = one_head(_softmax(q, parts, scale, soft_cap, sinks), keys.shape[1], packed)
-    if taken and page_table is None:
-        keys, values = caches
-    elif taken:
-        keys, values = (
-            write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True)
-        )
-    return out, keys, values
+
+    def read(table: Array | None) -> tuple[Array, Array, Array]:
+        caches = [c if table is None else gather_pages(c, table, lengths, W) for c in (keys, values)]
+        if taken:
+            caches = [write_rows(c, rows, lengths) for c, rows in zip(caches, own, strict=True)]
+        all_keys, all_values = caches
+        seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths, own=taken)
+        parts = [(all_keys, all_values, seen)] if all_keys.shape[2] else []
+        if not taken:
+            parts.append((own[0], own[1], jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))))
+        out = masked_attention(q, parts, scale, soft_cap, sinks)
+        return one_head(out, keys.shape[1], packed), all_keys, all_values
+
+    if page_table is None:
+        out, *caches = read(None)
+    else:
+        out = _by_longest(lengths, page_table, keys.shape[2], lambda table: read(table)[0])
+        caches = [write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True)]
+    return (out, caches[0], caches[1]) if taken else (out, keys, values)
+
+
+def _by_longest(
+    lengths: Int[Array, "B"], page_table: Int[Array, "B n"], page: int, read: Callable[[Array], Array]
+) -> Array:
+    """`read` of the page table's first columns: half of them, a quarter, and so on, as long as no sequence has more.
+
+    What is gathered then follows the longest sequence that has pages, and not the most that one could have.
+    """
+    columns = [page_table.shape[1]]
+    while columns[-1] * page > LEAST_GATHERED:
+        columns.append(-(-columns[-1] // 2))
+    longest = jnp.max(jnp.where(page_table[:, 0] >= 0, lengths, 0))
+    index = jnp.sum(jnp.asarray([longest <= n * page for n in columns[1:]], jnp.int32)) if columns[1:] else 0
+    return jax.lax.switch(index, [lambda n=n: read(page_table[:, :n]) for n in columns])
 
 
 def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
@@ -121,7 +140,7 @@ def one_head(out: Array, kv_heads: int, packed: int) -> Array:
     return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)
 
 
-def _softmax(
+def masked_attention(
     q: Array, parts: list[tuple[Array, Array, Array]], scale: float, soft_cap: float | None, sinks: Array | None
 ) -> Array:
     """q [B W N H] against parts of keys and values [B K S H], of which row w sees mask [B W S]; fp32 inside."""

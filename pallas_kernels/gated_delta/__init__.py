@@ -70,20 +70,24 @@ def gated_delta_prefill(
     A_log: Float[Array, "Hv"],
     dt_bias: Float[Array, "Hv"],
     count: Int[Array, "B"],
+    documents: Int[Array, "B T"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T Hv Dv"], Float[Array, "B Hv Dk Dv"]]:
     """Outputs of T rows and the state after `pending` and the first `count[b]` of them; other outputs mean nothing.
 
-    Arguments as for `gated_delta_block`. Rows past the count may hold anything.
+    Arguments as for `gated_delta_block`. Rows past the count may hold anything. `documents` numbers the documents that
+    lie in a row one after the other: state and convolution begin anew with each, but for the first, which goes on from
+    what is given. The GPU runs the reference for it.
     """
-    arguments: tuple[Any, ...] = (state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count)
+    arguments: tuple[Any, ...] = (state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count, documents)
+    packed = documents is not None
     return dispatch(
         implementation,
-        *arguments,
+        *(arguments if packed else arguments[:-1]),
         reference=reference.gated_delta_prefill,
         tpu=tpu_prefill.gated_delta_prefill if _fits_tpu(state, mixed) else None,
-        gpu=gpu.gated_delta_prefill if _fits_gpu(state, mixed) else None,
+        gpu=gpu.gated_delta_prefill if not packed and _fits_gpu(state, mixed) else None,
     )
 
 

@@ -57,6 +57,7 @@ def gated_delta_prefill(
     A_log: Float[Array, "Hv"],
     dt_bias: Float[Array, "Hv"],
     count: Int[Array, "B"],
+    documents: Int[Array, "B T"] | None = None,
     *,
     chunk: int = 16,
 ) -> tuple[Float[Array, "B T Hv Dv"], Float[Array, "B Hv Dk Dv"]]:
@@ -66,7 +67,10 @@ def gated_delta_prefill(
     pad = -T % chunk
     real = jnp.arange(T) < count[:, None]
     mixed = jnp.where(real[:, :, None, None], mixed, 0.0)
-    q, k, v = _convolved(_window(tail, mixed, taps.shape[0], None), taps, *state.shape[1:3])
+    window = _window(tail, mixed, taps.shape[0], None)
+    if documents is not None:
+        window = _inside(window, documents)
+    q, k, v = _convolved(window, taps, *state.shape[1:3])
     # Rows with beta = 0 and g = 0 leave the state as it is.
     beta, g = (jnp.where(real[:, None], x, 0.0) for x in _gates(b, a, A_log, dt_bias))
 
@@ -74,15 +78,58 @@ def gated_delta_prefill(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
         return jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
 
-    def step(state: Array, rows: tuple[Array, ...]) -> tuple[Array, Array]:
-        out, u, decay = _delta_rule(state, *rows)
-        everything = jnp.full(state.shape[0], chunk)
-        return fold(state, Rows(k=rows[1], u=u, decay=decay).commit(everything)), out
+    def step(state: Array, given: tuple[tuple[Array, ...], Array | None]) -> tuple[Array, Array]:
+        rows, of = given
+        path, carried = (None, None) if of is None else _within(of)
+        q, k, v, beta, g = rows
+        out, u, decay = _delta_rule(state, q, k, v, beta, g, path, carried)
+        if path is None or carried is None:
+            left = Rows(k=k, u=u, decay=decay).commit(jnp.full(state.shape[0], chunk))
+        else:
+            left = _last_document(k, u, decay, path[:, -1], carried[:, -1])
+        return fold(state, left), out
 
-    state, out = jax.lax.scan(step, fold(state, pending), tuple(map(chunks, (q, k, v, beta, g))))
+    of = None if documents is None else _with_previous(documents, chunk)
+    state, out = jax.lax.scan(step, fold(state, pending), (tuple(map(chunks, (q, k, v, beta, g))), of))
     out = jnp.moveaxis(out, 0, 2)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :T]
     return out.swapaxes(1, 2).astype(mixed.dtype), state
+
+
+def _with_previous(documents: Int[Array, "B T"], chunk: int) -> Int[Array, "n B 1+chunk"]:
+    """The documents of each chunk's rows, and before them that of the row before the chunk."""
+    numbers = jnp.pad(documents, ((0, 0), (1, -documents.shape[1] % chunk)), mode="edge")
+    at = jnp.arange(0, numbers.shape[1] - 1, chunk)[:, None] + jnp.arange(chunk + 1)
+    return numbers[:, at].swapaxes(0, 1)
+
+
+def _within(numbers: Int[Array, "B 1+chunk"]) -> tuple[Bool[Array, "B W W"], Bool[Array, "B W"]]:
+    """Of a chunk's rows: which rows before it a row's document holds, and whether the state is of its document."""
+    own = numbers[:, 1:]
+    return (own[:, :, None] == own[:, None]) & jnp.tri(own.shape[1], dtype=bool), own == numbers[:, :1]
+
+
+def _last_document(
+    k: Float[Array, "B Hk W Dk"],
+    u: Float[Array, "B Hv W Dv"],
+    decay: Float[Array, "B Hv W"],
+    kept: Bool[Array, "B W"],
+    carried: Bool[Array, "B"],
+) -> Pending:
+    """The rows of the document that goes on behind the chunk; the state before it counts if it is of that document."""
+    last, kept = decay[..., -1:], kept[:, None]
+    weight = jnp.where(kept, jnp.exp(jnp.where(kept, last - decay, 0.0)), 0.0)
+    return Pending(k=k, u=u, weight=weight, fold=jnp.where(carried[:, None], jnp.exp(last[..., 0]), 0.0))
+
+
+def _inside(window: list[Array], documents: Int[Array, "B T"]) -> list[Array]:
+    """The convolution's inputs without those of another document; what comes before row 0 is of the first one."""
+    R, T = len(window) - 1, documents.shape[1]
+    numbers = jnp.pad(documents, ((0, 0), (R, 0)), mode="edge")
+    return [
+        jnp.where((numbers[:, i : i + T] == documents)[:, :, None, None], x, jnp.zeros_like(x))
+        for i, x in enumerate(window)
+    ]
 
 
 def fold(state: Float[Array, "B Hv Dk Dv"], pending: Pending) -> Float[Array, "B Hv Dk Dv"]:
@@ -145,14 +192,20 @@ def _delta_rule(
     beta: Float[Array, "B Hv W"],
     g: Float[Array, "B Hv W"],
     path: Bool[Array, "B W W"] | None = None,
+    carried: Bool[Array, "B W"] | None = None,
 ) -> tuple[Float[Array, "B Hv W Dv"], Float[Array, "B Hv W Dv"], Float[Array, "B Hv W"]]:
-    """Outputs, u and G of W rows from `state`; `path` marks a row and its ancestors, or all rows before it if None."""
+    """Outputs, u and G of W rows from `state`; `path` marks a row and its ancestors, or all rows before it if None.
+
+    Rows that are not `carried` begin from an empty state.
+    """
     W, r = q.shape[2], v.shape[1] // q.shape[1]
     kq = jnp.concatenate([k, q], axis=2)
     inner = jnp.repeat(_product(kq, k.swapaxes(-1, -2)), r, axis=1)  # [B Hv 2W W]
     from_state = _product(jnp.repeat(kq, r, axis=1), state)  # [B Hv 2W Dv]
     decay = jnp.cumsum(g, -1) if path is None else _product(g, path.astype(jnp.float32).swapaxes(-1, -2))
     grown = jnp.exp(decay)[..., None]
+    if carried is not None:
+        grown = jnp.where(carried[:, None, :, None], grown, 0.0)
     u = beta[..., None] * (v - grown * from_state[:, :, :W])
     if W > 1:
         lower = jnp.tril(jnp.ones((W, W), bool)) if path is None else path[:, None]

@@ -17,9 +17,10 @@ from pallas_kernels.gated_delta.sizes import Sizes
 
 def gated_delta_prefill(
     state: Array, pending: Pending, tail: Array, mixed: Array, b: Array, a: Array, taps: Array, A_log: Array,
-    dt_bias: Array, count: Array, *, tiles: dict[str, int] | None = None, interpret: Any = False,
+    dt_bias: Array, count: Array, documents: Array | None = None, *, tiles: dict[str, int] | None = None,
+    interpret: Any = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """As the public function; tiles as in tuning.json."""
+    """As the public function; tiles as in tuning.json. Of packed documents every row of `count` is real."""
     n = Sizes.of(state, pending, tail, mixed, b, taps)
     tuned = tiles or tuning(__file__)["default"]["prefill"]
     heads, chunk = n.group(tuned["heads"]), min(tuned["chunk"], n.W)
@@ -38,15 +39,17 @@ def gated_delta_prefill(
     by_group = pl.BlockSpec((None, None, v_heads, n.P), lambda s, h, c, *_: (s, h, 0, 0))
     tail_of_group = pl.BlockSpec((None, n.R, heads * n.C), lambda s, h, c, *_: (s, 0, h))
     packed = [x.reshape(1, n.Hv) for x in (A_log, dt_bias)]
+    since = [] if documents is None else [_since(documents, n.R)[..., None]]
     taps = taps.reshape(-1, flat)
     out, state = pl.pallas_call(
-        partial(_kernel, n=n, heads=heads, chunk=chunk),
+        partial(_kernel, n=n, heads=heads, chunk=chunk, documents=bool(since)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(n.B, groups, pl.cdiv(n.W, chunk)),
             in_specs=[
                 by_head(v_heads, n.Dk, n.Dv), by_head(heads, n.P, n.Dk), by_head(v_heads, n.P, n.Dv), by_group,
                 tail_of_group, by_chunk(heads * n.C), gates_of_chunk, gates_of_chunk, fixed(taps), *map(fixed, packed),
+                *(pl.BlockSpec((None, chunk, 1), lambda s, h, c, *_: (s, c, 0)) for _ in since),
             ],
             out_specs=[by_chunk(v_heads * n.Dv), by_head(v_heads, n.Dk, n.Dv)],
             scratch_shapes=[pltpu.VMEM((n.R, heads * n.C), mixed.dtype)],
@@ -62,16 +65,25 @@ def gated_delta_prefill(
     )(
         count.astype(jnp.int32), pending.fold, state, pending.k, pending.u,
         pending.weight.reshape(n.B, groups, v_heads, n.P), tail.reshape(n.B, n.R, flat),
-        mixed.reshape(n.B, n.W, flat), b, a, taps, *packed,
+        mixed.reshape(n.B, n.W, flat), b, a, taps, *packed, *since,
     )  # fmt: skip
     return out.reshape(n.B, n.W, n.Hv, n.Dv), state
 
 
+def _since(documents: Array, reach: int) -> Array:
+    """How many rows before a row are of its document [B, T]; more than there are for the first document."""
+    at = jnp.arange(documents.shape[1], dtype=jnp.int32)
+    changes = jnp.pad(documents[:, 1:] != documents[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(changes, at, 0), axis=1)
+    return jnp.where(start == 0, documents.shape[1] + reach, at - start)
+
+
 def _kernel(
     count_ref, fold_ref, old_ref, pk_ref, pu_ref, weight_ref, before_ref, mixed_ref, b_ref, a_ref, taps_ref, A_ref,
-    dt_ref, out_ref, state_ref, tail_ref, *, n: Sizes, heads: int, chunk: int,
+    dt_ref, *refs, n: Sizes, heads: int, chunk: int, documents: bool,
 ) -> None:  # fmt: skip
     """One chunk; the state stays in its output block, and the chunk's last rows in `tail_ref`, for the next one."""
+    since_ref, out_ref, state_ref, tail_ref = refs if documents else (None, *refs)
     s, group, c = (pl.program_id(axis) for axis in range(3))
     left = count_ref[s] - c * chunk  # real rows in this chunk and after it
 
@@ -92,6 +104,9 @@ def _kernel(
         real = rows.iota((chunk, 1), 0) < left
         path = rows.iota((chunk, chunk), 0) >= rows.iota((chunk, chunk), 1)
         at = rows.chain_sources(chunk, n.R + 1)
+        packed = None if since_ref is None else rows.Packed.of(since_ref[...], left)
+        if packed is not None:
+            path, at = packed.path(path), packed.sources(at)
         beta, g = rows.gates(b_ref[...], a_ref[...], A_ref[...], dt_ref[...])
         beta, g = (jnp.where(real, x, 0.0) for x in (beta, g))  # such rows leave the state as it is
         decay = rows.dot(jnp.where(path, 1.0, 0.0), g)
@@ -106,9 +121,11 @@ def _kernel(
                 G = rows.column(decay, head)
                 state = state_ref[h]
                 of_v = v[:, j * n.Dv : (j + 1) * n.Dv]
-                out, u = rows.delta_rule(state, q, k, of_v, rows.column(beta, head), G, path)
+                carried = None if packed is None else packed.carried
+                out, u = rows.delta_rule(state, q, k, of_v, rows.column(beta, head), G, path, carried)
                 out_ref[:, h * n.Dv : (h + 1) * n.Dv] = out.astype(out_ref.dtype)
                 last = G[chunk - 1 :]
-                state_ref[h] = rows.folded(state, jnp.exp(last), k, u, jnp.exp(last - G))
+                fold, weight = (jnp.exp(last), jnp.exp(last - G)) if packed is None else packed.left(G)
+                state_ref[h] = rows.folded(state, fold, k, u, weight)
         if chunk >= n.R:  # else there is no next chunk
             tail_ref[...] = mixed_ref[chunk - n.R :]

@@ -1,5 +1,7 @@
 """The maths of a few rows inside a TPU kernel, on values in VMEM: convolution, gates, the delta rule of one head."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -90,18 +92,56 @@ def folded(state: jax.Array, fold: jax.Array, k: jax.Array, u: jax.Array, weight
 
 
 def delta_rule(
-    state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Array, path: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Outputs and u [W, Dv] of one value head; beta, decay (G) [W, 1]; path [W, W] marks a row and its ancestors."""
+    state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Array, path: jax.Array,
+    carried: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Outputs and u [W, Dv] of one value head; beta, decay (G) [W, 1]; path [W, W] marks a row and its ancestors.
+
+    Rows that are not `carried` [W, 1] begin from an empty state.
+    """
     W = q.shape[0]
     from_state = dot(jnp.concatenate([k, q], 0), state)
-    grown = jnp.exp(decay)
+    grown = jnp.exp(decay) if carried is None else jnp.where(carried, jnp.exp(decay), 0.0)
     right = beta * (v - grown * from_state[:W])
     between = jnp.where(path, jnp.exp(jnp.where(path, decay - as_row(decay), 0.0)), 0.0)
     diagonal = iota((W, W), 0) == iota((W, W), 1)
     strict = jnp.where(diagonal, 0.0, beta * between * dot(k, k, (1, 1)))
     u = _solve(strict, right)
     return grown * from_state[W:] + dot(between * dot(q, k, (1, 1)), u), u
+
+
+class Packed(NamedTuple):
+    """Where the documents of a chunk of rows begin, of which the first `last + 1` rows are real."""
+
+    since: jax.Array  # [W, 1]: how many rows before a row are of its document
+    last: jax.Array  # []
+
+    @classmethod
+    def of(cls, since: jax.Array, left: jax.Array) -> "Packed":
+        return cls(since, jnp.minimum(left, since.shape[0]) - 1)
+
+    @property
+    def carried(self) -> jax.Array:
+        """Whether a row's document began before the chunk [W, 1]."""
+        return self.since > iota(self.since.shape, 0)
+
+    def path(self, before: jax.Array) -> jax.Array:
+        """Of the rows before each row [W, W], those of its document."""
+        return before & (iota(before.shape, 0) - iota(before.shape, 1) <= self.since)
+
+    def sources(self, at: list[jax.Array]) -> list[jax.Array]:
+        """The convolution's inputs, without those of another document."""
+        return [jnp.where(before <= self.since, x, -1) for before, x in enumerate(at)]
+
+    def left(self, decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the state [1, 1] and each row [W, 1] weigh behind the chunk: only the last row's document goes on."""
+        row = iota(self.since.shape, 0)
+        here = row == self.last
+        since = jnp.sum(jnp.where(here, self.since, 0), 0, keepdims=True)
+        end = jnp.sum(jnp.where(here, decay, 0.0), 0, keepdims=True)
+        kept = (row <= self.last) & (self.last - row <= since)
+        weight = jnp.where(kept, jnp.exp(jnp.where(kept, end - decay, 0.0)), 0.0)
+        return jnp.where(since > self.last, jnp.exp(end), 0.0), weight
 
 
 def _solve(strict: jax.Array, right: jax.Array) -> jax.Array:

@@ -32,14 +32,17 @@ class Problem:
         return [np.asarray(jnp.asarray(x, self.dtype), np.float64) for x in drawn]
 
 
-def truth(problem: Problem, arrays: list[np.ndarray], anchors: np.ndarray) -> list[np.ndarray]:
+def truth(
+    problem: Problem, arrays: list[np.ndarray], anchors: np.ndarray, starts: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Output and the five gradients: one query at a time, over the keys that it may see and no others."""
     do, q, ctx_k, ctx_v, blk_k, blk_v = arrays
     out, dq, dctx_k, dctx_v, dblk_k, dblk_v = (np.zeros_like(x) for x in (q, q, ctx_k, ctx_v, blk_k, blk_v))
     group = problem.heads // problem.kv_heads
     for b, a, w in np.ndindex(*q.shape[:3]):
         position = anchors[b, a] + w
-        t = np.arange(min(max(anchors[b, a], 0), problem.context))
+        start = 0 if starts is None else starts[b, a]
+        t = np.arange(start, max(start, min(anchors[b, a], problem.context)))
         v = np.arange(w + 1 if problem.causal else problem.rows)
         if problem.window is not None:
             t = t[position - t < problem.window]
@@ -63,10 +66,12 @@ def truth(problem: Problem, arrays: list[np.ndarray], anchors: np.ndarray) -> li
     return [out, dq, dctx_k, dctx_v, dblk_k, dblk_v]
 
 
-def unseen(problem: Problem, anchors: np.ndarray) -> np.ndarray:
+def unseen(problem: Problem, anchors: np.ndarray, starts: np.ndarray | None = None) -> np.ndarray:
     """[B T]: context positions that no row of any block sees."""
     t = np.arange(problem.context)
     hidden = t >= anchors[..., None]
+    if starts is not None:
+        hidden |= t < starts[..., None]
     if problem.window is not None:
         hidden |= t <= anchors[..., None] - problem.window  # row 0 sees farthest back
     return hidden.all(1)

@@ -7,6 +7,7 @@ from pallas_kernels.anchored_attention import anchored_attention
 
 B, A, W, N, K, H, T = 2, 3, 4, 4, 2, 8, 16
 ANCHORS = np.array([[0, 5, 12], [1, 2, 15]])
+STARTS = {"one document": np.zeros((B, A), int), "packed": np.array([[0, 3, 9], [0, 2, 15]])}
 
 
 def arrays() -> list[np.ndarray]:
@@ -15,12 +16,12 @@ def arrays() -> list[np.ndarray]:
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def brute_force(q, ctx_k, ctx_v, blk_k, blk_v, causal: bool, window: int | None) -> np.ndarray:
+def brute_force(q, ctx_k, ctx_v, blk_k, blk_v, starts: np.ndarray, causal: bool, window: int | None) -> np.ndarray:
     out = np.zeros_like(q)
     for b, a, w, n in np.ndindex(B, A, W, N):
         anchor, head = ANCHORS[b, a], n // (N // K)
         keys, values = [], []
-        for t in range(anchor):
+        for t in range(starts[b, a], anchor):
             if window is None or anchor + w - t < window:
                 keys.append(ctx_k[b, t, head])
                 values.append(ctx_v[b, t, head])
@@ -36,10 +37,14 @@ def brute_force(q, ctx_k, ctx_v, blk_k, blk_v, causal: bool, window: int | None)
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
-def test_equals_attention_row_by_row(causal, window):
-    given = arrays()
-    out = anchored_attention(*map(jnp.asarray, given), jnp.asarray(ANCHORS), causal=causal, window=window, scale=0.3)
-    np.testing.assert_allclose(out, brute_force(*given, causal, window), rtol=2e-4, atol=2e-6)
+@pytest.mark.parametrize("documents", STARTS)
+def test_equals_attention_row_by_row(causal, window, documents):
+    given, starts = arrays(), STARTS[documents]
+    out = anchored_attention(
+        *map(jnp.asarray, given), jnp.asarray(ANCHORS), causal=causal, window=window, scale=0.3,
+        starts=None if documents == "one document" else jnp.asarray(starts),
+    )  # fmt: skip
+    np.testing.assert_allclose(out, brute_force(*given, starts, causal, window), rtol=2e-4, atol=2e-6)
 
 
 def test_gradients_are_finite_for_a_block_without_context():
@@ -57,6 +62,7 @@ def test_gradients_are_finite_for_a_block_without_context():
         ({"ctx_v": (B, T + 1, K, H)}, "ctx_v is"),
         ({"blk_k": (B, A, W + 1, K, H)}, "blk_k is"),
         ({"anchors": (B, A + 1)}, "anchors are"),
+        ({"starts": (B, A + 1)}, "starts are"),
         ({"window": 0}, "window is 0"),
         ({"implementation": "tpu"}, "does not take these shapes"),
         ({"implementation": "gpu"}, "does not take these shapes"),
@@ -67,5 +73,6 @@ def test_refuses_what_does_not_fit(change, message):
     options = {name: change[name] for name in ("window", "implementation") if name in change}
     given = {name: jnp.zeros(change.get(name, shape)) for name, shape in shapes.items()}
     anchors = jnp.zeros(change.get("anchors", (B, A)), jnp.int32)
+    starts = jnp.zeros(change.get("starts", (B, A)), jnp.int32)
     with pytest.raises(ValueError, match=message):
-        anchored_attention(*given.values(), anchors, causal=True, scale=0.3, **options)
+        anchored_attention(*given.values(), anchors, causal=True, scale=0.3, starts=starts, **options)

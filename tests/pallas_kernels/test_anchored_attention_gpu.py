@@ -17,23 +17,28 @@ PROBLEMS = {
     "block of 10, window, two steps": (
         Problem(1, 9, 10, 1, 1, 64, 200, True, 130, "bfloat16"),
         [[190, 0, 97, *range(10, 16)]],
+        [[0] * 9],
     ),
-    "two KV heads": (Problem(1, 2, 64, 2, 2, 64, 150, False, None, "bfloat16"), [[64, 200]]),
-    "wide head, short window": (Problem(1, 2, 64, 1, 1, 256, 80, True, 30, "bfloat16"), [[70, 66]]),
+    "two KV heads, a document each": (
+        Problem(1, 2, 64, 2, 2, 64, 150, False, None, "bfloat16"),
+        [[64, 200]],
+        [[3, 130]],
+    ),
+    "wide head, short window": (Problem(1, 2, 64, 1, 1, 256, 80, True, 30, "bfloat16"), [[70, 66]], [[50, 66]]),
 }
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_forward(name):
-    problem, anchors = PROBLEMS[name]
+    problem, *places = PROBLEMS[name]
     arrays = problem.arrays(0)
     call = functools.partial(
         gpu.anchored_attention, causal=problem.causal, window=problem.window, scale=SCALE,
         interpret=InterpretGPUParams(),
     )  # fmt: skip
-    out = call(*(jnp.asarray(x, jnp.bfloat16) for x in arrays[1:]), jnp.asarray(anchors))
-    assert_close((out,), truth(problem, arrays, np.array(anchors)), "bfloat16")
+    out = call(*(jnp.asarray(x, jnp.bfloat16) for x in arrays[1:]), *map(jnp.asarray, places))
+    assert_close((out,), truth(problem, arrays, *map(np.array, places)), "bfloat16")
 
 
 def test_shared_memory_fits_a_hopper_block():

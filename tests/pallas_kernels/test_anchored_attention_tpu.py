@@ -36,9 +36,9 @@ def compiled(name: str, backward: bool = True):
 
 
 def run(problem: Problem, tiles: Tiles, do, *arrays, backward: bool):
-    *floats, anchors = arrays
+    *floats, anchors, starts = arrays
     call = lambda *x: tpu.anchored_attention(  # noqa: E731
-        *x, anchors, causal=problem.causal, window=problem.window, scale=SCALE, tiles=tiles,
+        *x, anchors, starts, causal=problem.causal, window=problem.window, scale=SCALE, tiles=tiles,
         interpret=pltpu.InterpretParams(),
     )  # fmt: skip
     if not backward:
@@ -47,15 +47,16 @@ def run(problem: Problem, tiles: Tiles, do, *arrays, backward: bool):
     return out, *pull(do)
 
 
-def check(name: str, anchors: np.ndarray, seed: int, run=None, backward: bool = True) -> None:
+def check(name: str, anchors: np.ndarray, seed: int, run=None, backward: bool = True, starts=None) -> None:
     """With NaN in every context row that no block sees."""
     problem, _ = PROBLEMS[name]
+    starts = np.zeros_like(anchors) if starts is None else starts
     arrays = problem.arrays(seed)
     given = [jnp.asarray(x, problem.dtype) for x in arrays]
-    hidden = jnp.asarray(unseen(problem, anchors))[..., None, None]
+    hidden = jnp.asarray(unseen(problem, anchors, starts))[..., None, None]
     given[2:4] = [jnp.where(hidden, jnp.nan, x) for x in given[2:4]]
-    got = (run or compiled(name, backward))(*given, jnp.asarray(anchors))
-    assert_close(got, truth(problem, arrays, anchors), problem.dtype)
+    got = (run or compiled(name, backward))(*given, jnp.asarray(anchors), jnp.asarray(starts))
+    assert_close(got, truth(problem, arrays, anchors, starts), problem.dtype)
 
 
 def test_the_spans_are_several():
@@ -80,7 +81,11 @@ def test_forward_and_gradients(name):
         T = problem.context
         place = st.one_of(st.integers(0, T), st.sampled_from([0, 1, T, T + 9]))
         anchors = np.array(data.draw(st.lists(place, min_size=count, max_size=count))).reshape(problem.batch, -1)
-        check(name, np.sort(anchors) if data.draw(st.booleans()) else anchors, data.draw(st.integers(0, 9)))
+        anchors = np.sort(anchors) if data.draw(st.booleans()) else anchors
+        # Documents of random lengths; an anchor may be the first row of its own, and then sees nothing.
+        cuts = np.sort([0, *data.draw(st.lists(st.integers(0, T), max_size=3))])
+        starts = cuts[np.searchsorted(cuts, anchors, "right") - 1]
+        check(name, anchors, data.draw(st.integers(0, 9)), starts=starts)
 
     drawn()
 
@@ -97,20 +102,23 @@ def test_reference_equals_truth(name):
     problem, _ = PROBLEMS[name]
     arrays = problem.arrays(3)
     anchors = np.random.default_rng(1).integers(0, problem.context + 2, (problem.batch, problem.anchors))
+    starts = np.where(anchors > 30, 30, anchors // 2)
     do, *floats = (jnp.asarray(x, jnp.float32) for x in arrays)
     options = {"causal": problem.causal, "window": problem.window, "scale": SCALE}
 
     @jax.jit
     def whole(do, *floats):
-        call = functools.partial(reference.anchored_attention, anchors=jnp.asarray(anchors), **options)
+        call = functools.partial(
+            reference.anchored_attention, anchors=jnp.asarray(anchors), starts=jnp.asarray(starts), **options
+        )
         out, pull = jax.vjp(call, *floats)
         return out, *pull(do)
 
-    wanted = truth(problem, arrays, anchors)
+    wanted = truth(problem, arrays, anchors, starts)
     assert_close(whole(do, *floats), wanted, "float32")
     for scores in (1, 300_000):
         by_chunks = functools.partial(chunked.gradients, **options, scores=scores)
-        got = jax.jit(by_chunks)(*floats, jnp.asarray(anchors), do)
+        got = jax.jit(by_chunks)(*floats, jnp.asarray(anchors), jnp.asarray(starts), do)
         assert_close((wanted[0], *got), wanted, "float32")
 
 
@@ -134,7 +142,7 @@ FAULTS = {
         forward_tpu, "reach", lambda *a: (REACH(*a)[0] + 1, REACH(*a)[1]), "whole context", False,
     ),
     "window one wider": (
-        forward_tpu, "reach", lambda a, plan, window: REACH(a, plan, window and window + 1),
+        forward_tpu, "reach", lambda a, s, plan, window: REACH(a, s, plan, window and window + 1),
         "two heads of 64 side by side, window", False,
     ),
 }  # fmt: skip
@@ -158,7 +166,7 @@ def test_a_planted_fault_is_seen(fault, monkeypatch):
             kernel.clear_cache()
 
 
-def blocks_moved(monkeypatch, plan, kernel, arrays, anchors) -> int:
+def blocks_moved(monkeypatch, plan, kernel, arrays) -> int:
     """Bytes of a kernel's block transfers: its index maps walked over its grid, a block counted when it changes."""
     seen = []
 
@@ -170,9 +178,10 @@ def blocks_moved(monkeypatch, plan, kernel, arrays, anchors) -> int:
     with jax.disable_jit():
         kernel.__wrapped__(forward_tpu.Options(plan, False, None, 1.0), *arrays)
     monkeypatch.undo()
-    grid, outputs, (*scalars, limits) = seen[0], seen[1], (seen[2][0], seen[2][1])
-    operands = list(zip([*grid.in_specs, *grid.out_specs], [*seen[2][2:], *outputs], strict=True))
-    total = sum(x.size * x.dtype.itemsize for x in (*scalars, limits))
+    grid, outputs, inputs = seen
+    scalars, arrays = inputs[: grid.num_scalar_prefetch], inputs[grid.num_scalar_prefetch :]
+    operands = list(zip([*grid.in_specs, *grid.out_specs], [*arrays, *outputs], strict=True))
+    total = sum(x.size * x.dtype.itemsize for x in scalars)
     for spec, operand in operands:
         if spec.block_shape is None:  # copied by hand: all of it once, or the checks above would find NaN
             total += math.prod(operand.shape) * operand.dtype.itemsize
@@ -180,7 +189,7 @@ def blocks_moved(monkeypatch, plan, kernel, arrays, anchors) -> int:
         size = math.prod(n for n in spec.block_shape if n is not None) * operand.dtype.itemsize
         before = None
         for place in np.ndindex(*grid.grid):
-            at = tuple(int(i) for i in spec.index_map(*place, np.asarray(scalars[0]), np.asarray(limits)))
+            at = tuple(int(i) for i in spec.index_map(*place, *map(np.asarray, scalars)))
             total += size * (at != before)
             before = at
     return total
@@ -193,12 +202,12 @@ def test_cost_estimates_are_what_the_kernels_move(tiles, monkeypatch):
     rows, own = (2, 16 * 16, 4 * 128), (2, 16 * 16, 2 * 128)
     shapes = [rows, (2, 96, 2 * 128), (2, 96, 2 * 128), own, own]
     arrays = [jnp.zeros(shape) for shape in shapes]
-    anchors = jnp.full((2, 16), 96, jnp.int32)
     lse = jnp.zeros((2, plan.groups, 1, plan.steps * plan.folded))
-    forward = blocks_moved(monkeypatch, plan, forward_tpu.forward, [*arrays, anchors], anchors)
+    places = [jnp.full((2, 16), 96, jnp.int32), jnp.zeros((2, 16), jnp.int32)]
+    forward = blocks_moved(monkeypatch, plan, forward_tpu.forward, [*arrays, *places])
     assert forward == plan.forward_bytes()
-    saved = [*arrays, anchors, jnp.zeros(rows), lse, jnp.zeros(rows)]
-    assert blocks_moved(monkeypatch, plan, backward_tpu.backward, saved, anchors) == plan.backward_bytes()
+    saved = [*arrays, *places, jnp.zeros(rows), lse, jnp.zeros(rows)]
+    assert blocks_moved(monkeypatch, plan, backward_tpu.backward, saved) == plan.backward_bytes()
 
 
 def test_real_sizes_move_little_more_than_they_must():

@@ -59,3 +59,31 @@ def test_a_chain_told_as_a_tree_is_the_same():
     count = jnp.asarray([5, 12])
     for one, two in zip(jax.tree.leaves(left.commit(count)), jax.tree.leaves(also.commit(count, path)), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 20, 2, 17, 9], [16, 16, 20], [40, 12]])
+def test_packed_documents_begin_from_nothing(lengths):
+    """Each as if it were alone, whatever chunks it lies across; the first one goes on from what is given."""
+    run = Rounds(Shape(B=1), 5, np.random.default_rng(4), block, prefill)
+    run.run_prefill(9, [9])
+    empty = Rounds(Shape(B=1), 5, np.random.default_rng(4), block, prefill)
+    mixed, b, a = rows(run.shape, run.rng, sum(lengths))
+    documents = jnp.asarray(np.repeat(np.arange(1, len(lengths) + 1), lengths)[None])
+    weights = tuple(map(jnp.asarray, run.weights))
+    count = jnp.asarray([sum(lengths)])
+    out, state = prefill(run.state, run.pending, run.tail, mixed, b, a, *weights, count, documents)
+    first = 0
+    for i, length in enumerate(lengths):
+        given = run if i == 0 else empty
+        part = tuple(jnp.asarray(np.roll(x, -first, 1)) for x in (mixed, b, a))
+        alone, last = prefill(given.state, given.pending, given.tail, *part, *weights, jnp.asarray([length]))
+        np.testing.assert_allclose(out[:, first : first + length], alone[:, :length], rtol=1e-5, atol=1e-5)
+        first += length
+    np.testing.assert_allclose(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_run_the_reference_on_a_gpu():
+    run = Rounds(Shape(Dk=128, Dv=128), 5, np.random.default_rng(0), block, prefill)
+    given = [run.state, run.pending, run.tail, *map(jnp.asarray, (*rows(run.shape, run.rng, 8), *run.weights))]
+    with pytest.raises(ValueError, match="does not take these shapes"):
+        gated_delta_prefill(*given, jnp.asarray([8, 8]), jnp.ones((2, 8), int), implementation="gpu")

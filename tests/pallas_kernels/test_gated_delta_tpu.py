@@ -110,6 +110,20 @@ def test_prefill_equals_the_reference(dtype, seed, counts):
     assert not np.isnan(out.astype(np.float32)).any()
 
 
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("dtype", DTYPES)
+@drawn
+@given(seed=st.integers(0, 2**20), cuts=st.lists(st.integers(1, 20), max_size=5))
+def test_prefill_of_packed_documents_equals_the_reference(dtype, seed, cuts):
+    """Documents of any lengths, also of one row; those of the second sequence begin one row later."""
+    dtype, tolerance = DTYPES[dtype]
+    arguments, count = given_arrays(seed, 21, 4, dtype), jnp.asarray([21, 21])
+    at = np.arange(21)
+    documents = jnp.asarray(np.stack([(at[:, None] >= np.array([99, *cuts]) + late).sum(1) for late in (0, 1)]))
+    given = (*arguments, count, documents)
+    close(prefill(*given), right_prefill(*given), tolerance)
+
+
 def late_window(rows: int, taps: int) -> list:
     return [at - 1 for at in chain_sources(rows, taps)]
 

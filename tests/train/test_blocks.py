@@ -9,6 +9,7 @@ from flax import nnx
 from dflash_jax.cache import DrafterCache
 from dflash_jax.config import DrafterConfig, RopeConfig
 from dflash_jax.models.drafter import Drafter
+from pallas_kernels.anchored_attention import reference
 from tests.train import tiny
 from train.blocks import block_hidden
 
@@ -57,8 +58,19 @@ def test_training_blocks_equal_serving_blocks(kind, causal, extra):
 
 
 @pytest.mark.parametrize(("kind", "causal", "extra"), KINDS[:2])
-def test_no_block_sees_context_at_or_after_its_anchor(kind, causal, extra):
-    """The visible-anchor leak: features at the anchor's own position know the token that the block has to predict."""
+def test_context_leak(kind, causal, extra):
+    """No block sees context at or after its anchor: features there know the tokens that it has to predict."""
+    check_reach(kind, causal, extra)
+
+
+def test_a_visible_anchor_position_is_caught(monkeypatch):
+    mask = reference.context_mask
+    monkeypatch.setattr(reference, "context_mask", lambda anchors, *rest: mask(anchors + 1, *rest))
+    with pytest.raises(AssertionError):
+        check_reach("full_attention", False, {})
+
+
+def check_reach(kind, causal, extra):
     model, (embedded, taps) = drafter(kind, causal, **extra), inputs()
 
     @jax.jit

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from train import corpus
@@ -46,3 +47,14 @@ def test_this_machine_has_a_corpus_and_prompts():
     assert not corpus.HELD_OUT.intersection(document.name for document in train)
     assert len(held_out) >= 10
     assert len(set(corpus.held_out_prompts(40))) == 40
+
+
+def test_prompts_of_documents_begin_at_lines_and_are_pieces_of_them():
+    rng = np.random.default_rng(0)
+    line, config = 3, corpus.PromptConfig(count=50, shortest=4, longest=9)
+    documents = [rng.integers(1, 24, size).astype(np.int32) for size in (80, 40, 30)]
+    joined = [" ".join(map(str, document)) for document in documents]
+    for prompt in corpus.cut_prompts(documents, np.arange(24) == line, config):
+        assert config.shortest <= len(prompt) <= config.longest
+        piece = " ".join(map(str, prompt))
+        assert any(f"{line} {piece}" in text or text.startswith(piece) for text in joined)

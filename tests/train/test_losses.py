@@ -43,11 +43,16 @@ def test_logits_in_chunks_change_neither_values_nor_gradients(chunk):
 
 def test_mean_divides_by_the_sum_of_weights():
     values, weights = np.array([1.0, 2.0, 50.0]), np.array([0.5, 0.25, 0.0])
-    np.testing.assert_allclose(losses.weighted_mean(values, weights), 1.0 / 0.75, rtol=1e-6)
-    assert losses.weighted_mean(values, np.zeros(3)) == 0
+    np.testing.assert_allclose(losses.weighted(values, weights).value, 1.0 / 0.75, rtol=1e-6)
+    assert losses.weighted(values, np.zeros(3)).value == 0
 
 
-def test_pace_weights_are_the_acceptance_length_still_ahead():
+def test_weights_decay_from_the_first_drafted_row():
+    found = losses.decay_weights(jnp.array([0.0, 1, 1, 1, 0]), 4.0)
+    np.testing.assert_allclose(found, [0, 1, np.exp(-0.25), np.exp(-0.5), 0], rtol=1e-6)
+
+
+def test_dpace_weights_are_the_acceptance_length_still_ahead():
     rng = np.random.default_rng(1)
     nll = rng.exponential(size=(2, 3, 6))
     counts = np.ones_like(nll)
@@ -62,11 +67,20 @@ def test_pace_weights_are_the_acceptance_length_still_ahead():
                 reached[row] = chance
         for row in range(1, 6):
             expected[block][row] = reached[row:].sum() * counts[block][row]
-    np.testing.assert_allclose(losses.pace_weights(jnp.asarray(nll), jnp.asarray(counts)), expected, rtol=1e-5)
-    assert not np.any(jax.grad(lambda x: losses.pace_weights(x, jnp.asarray(counts)).sum())(jnp.asarray(nll)))
+    np.testing.assert_allclose(losses.dpace_weights(jnp.asarray(nll), jnp.asarray(counts)), expected, rtol=1e-5)
+    assert not np.any(jax.grad(lambda x: losses.dpace_weights(x, jnp.asarray(counts)).sum())(jnp.asarray(nll)))
 
 
 def test_acceptance_stops_at_the_first_wrong_row():
     correct = jnp.array([[0.0, 1, 1, 0, 1], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     counts = jnp.array([[0.0, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
     np.testing.assert_array_equal(losses.accepted(correct, counts), [[0, 1, 1, 0, 0], [0] * 5, [0, 1, 1, 0, 0]])
+
+
+def test_opd_weights_accepted_rows_alike_and_lets_rejected_ones_fade():
+    correct = jnp.array([[1.0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 1, 1]])
+    counts = jnp.array([[0.0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]])
+    kept, rejected = losses.opd_weights(correct, counts, 0.5)
+    np.testing.assert_allclose(kept, [[0, 1, 1, 0, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 0]])
+    expected = [[0, 0, 0, 1, 0.5, 0.25], [0, 1, 0.5, 0.25, 0.125, 0.0625], [0, 0, 1, 0.5, 0, 0]]
+    np.testing.assert_allclose(rejected, expected)

@@ -2,8 +2,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from train import corpus
-from train.data import pack
 from train.tokenizer import END, MASK, load_or_train
+from train.windows import pack
 
 SNIPPETS = [
     "def f(a, b=1):\n    if a:\n        return b + 12\n\n\treturn None\n",

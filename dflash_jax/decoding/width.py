@@ -1,0 +1,92 @@
+"""How many rows a round should have: the width with the most tokens a second, by what was measured so far.
+
+Tokens a round come from how often the draft at each place was right after all before it were; seconds a round from
+timed dispatches. A width that is not in use is tried now and then, ever more rarely while that changes nothing.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+PROBE_FIRST, PROBE_LAST = 4, 512  # dispatches between two trials of another width
+ACCEPTANCE_RATE, COST_RATE = 0.1, 0.3  # weight of a new observation in the running averages
+HOPE = 0.7  # acceptance at each place before anything was seen
+MARGIN = 1.03  # a change has to promise this much more
+
+
+@dataclass
+class _Load:
+    """What is known for one kind of dispatch, such as a batch bucket."""
+
+    cost: dict[int, float] = field(default_factory=dict)  # seconds a round by width
+    width: int = 0  # in use
+    interval: int = PROBE_FIRST
+    since: int = 0  # dispatches since the last trial
+    turn: int = 0
+
+
+class WidthController:
+    """Chooses among compiled widths, of which 1 is plain decoding."""
+
+    def __init__(self, widths: Sequence[int]):
+        self.widths = sorted(set(widths))
+        self.acceptance = [HOPE] * (self.widths[-1] - 1)  # of the draft at each place, given all before it
+        self._loads: dict[Hashable, _Load] = {}
+
+    def expected(self, width: int, share: float = 1.0) -> float:
+        """Tokens a round of `width` rows, where `share` of the sequences can draft."""
+        tokens, alive = 1.0, share
+        for acceptance in self.acceptance[: width - 1]:
+            alive *= acceptance
+            tokens += alive
+        return tokens
+
+    def observe_counts(self, width: int, counts: Sequence[int]) -> None:
+        """Rounds of sequences that drafted, and how many of the `width` rows were accepted in each."""
+        for place in range(1, width):
+            reached = [count > place for count in counts if count >= place]
+            if reached:
+                # As many steps of the running average at once.
+                kept = (1 - ACCEPTANCE_RATE) ** len(reached)
+                mean = sum(reached) / len(reached)
+                self.acceptance[place - 1] += (1 - kept) * (mean - self.acceptance[place - 1])
+
+    def observe_cost(self, load: Hashable, width: int, seconds: float) -> None:
+        """A round took so long; one outlier counts for no more than twice what was known."""
+        cost = self._load(load).cost
+        known = cost.get(width)
+        cost[width] = seconds if known is None else known + COST_RATE * (min(seconds, 2 * known) - known)
+
+    def assume_costs(self, load: Hashable, costs: Mapping[int, float]) -> None:
+        """Costs to begin with."""
+        self._load(load).cost.update(costs)
+
+    def _load(self, load: Hashable) -> _Load:
+        return self._loads.setdefault(load, _Load())
+
+    def rate(self, load: Hashable, width: int, share: float = 1.0) -> float:
+        """Tokens a second and sequence; infinite for a width that was never timed."""
+        cost = self._load(load).cost.get(width)
+        return float("inf") if cost is None else self.expected(width, share) / cost
+
+    def choose(self, load: Hashable, share: float = 1.0) -> tuple[int, bool]:
+        """(the width of the next dispatch, whether it is a trial, which should be short)."""
+        state = self._load(load)
+        if not share:
+            return self.widths[0], False
+        rates = {width: self.rate(load, width, share) for width in self.widths}
+        best = max(rates, key=lambda width: rates[width])
+        if state.width and rates[best] < MARGIN * rates[state.width]:
+            best = state.width
+        if state.width and best != state.width:
+            state.interval = PROBE_FIRST
+        state.width, state.since = best, state.since + 1
+        others = [width for width in self.widths if width != best]
+        if not others or state.since < state.interval:
+            return best, False
+        state.since, state.turn = 0, state.turn + 1
+        state.interval = min(2 * state.interval, PROBE_LAST)
+        return others[state.turn % len(others)], True
+
+    def settled(self, load: Hashable) -> bool:
+        """Whether several trials in a row have changed nothing."""
+        return self._load(load).interval >= 16 * PROBE_FIRST

@@ -1,0 +1,148 @@
+"""How an engine is made: what its user says, and what follows from that and from the pair."""
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dflash_jax.decoding.sampling import SamplingPlan
+from dflash_jax.errors import InputError
+from dflash_jax.pair import Pair
+from serve.device import Sizes
+
+GREEDY = SamplingPlan()
+DRAWN = SamplingPlan(random=True)
+FILTERED = SamplingPlan(random=True, filters=True)
+EVERYTHING = SamplingPlan(random=True, filters=True, penalties=True, bias=True)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes are fixed at the start, and so is what is compiled: buckets x (widths + 2) x plans, and the prefills."""
+
+    slots: int = 16  # requests that run at once
+    max_length: int | None = None  # tokens of a request, prompt and output; None: the model's positions
+    page_size: int = 16  # tokens
+    pages: int | None = None  # None: as many as the memory budget allows, else enough for all slots at their longest
+    memory_bytes: int | None = None  # for weights, caches and state, of the device
+    checkpoints: int = 64  # recurrent states that the prefix cache may keep
+    prefix_cache: bool = True
+    buckets: tuple[int, ...] | None = None  # batch sizes; None: 1, 4, 16, ... up to the slots
+    draft: bool = True
+    widths: tuple[int, ...] | None = None  # rows of a round; None: 1, half a block, a block
+    adaptive: bool = True  # False: always the widest
+    rounds: int = 8  # most rounds a dispatch
+    rounds_while_filling: int = 2  # while prompts wait for their turn between dispatches
+    prefill: tuple[tuple[int, int], ...] = ((4, 32), (1, 128))  # (prompts, tokens of each) a pass, narrow ones first
+    plans: tuple[SamplingPlan, ...] = (GREEDY, DRAWN, EVERYTHING)  # a dispatch takes the first that does for all
+    max_requests: int = 4096  # that wait or run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run one dispatch of rounds."""
+
+    bucket: int
+    settings: SamplingPlan
+    width: int
+    draft: bool  # False: the drafter's cache is not kept up
+    rounds: int
+    leave: bool  # stop as soon as a request ends, since others wait
+    load: Hashable  # what the costs of this kind of dispatch are known under
+
+    def of(self, *, rounds: int) -> "Plan":
+        """The same with other rounds."""
+        return replace(self, rounds=rounds)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with nothing left open."""
+
+    sizes: Sizes
+    buckets: tuple[int, ...]
+    widths: tuple[int, ...]
+    adaptive: bool
+    rounds_while_filling: int
+    prefill: tuple[tuple[int, int], ...]
+    plans: tuple[SamplingPlan, ...]
+    prefix_cache: bool
+    max_requests: int
+
+    def plan_for(self, needs: Iterable[SamplingPlan]) -> SamplingPlan:
+        """The cheapest compiled plan that does for all of some requests."""
+        needed = list(needs)
+        return next(plan for plan in self.plans if all(covers(plan, need) for need in needed))
+
+    @property
+    def modes(self) -> list[tuple[int, bool]]:
+        """Rounds that are compiled: (width, whether the drafter's cache is kept up)."""
+        if len(self.widths) == 1:
+            return [(1, False)]
+        return [(1, False), *((width, True) for width in (self.widths if self.adaptive else self.widths[-1:]))]
+
+
+def covers(plan: SamplingPlan, need: SamplingPlan) -> bool:
+    """Whether rounds compiled for `plan` can serve a request that needs `need`."""
+    if need.neutral:
+        return True
+    pairs = (
+        (plan.random, need.random), (plan.filters, need.filters and need.random),
+        (plan.penalties, need.penalties), (plan.bias, need.bias),
+    )  # fmt: skip
+    return all(has or not wants for has, wants in pairs)
+
+
+def resolve(pair: Pair, c: EngineConfig) -> Resolved:
+    """Fill in what was left open. InputError for what cannot work."""
+    from serve.programs import memory_of  # which needs this module
+
+    for name in ("slots", "page_size", "rounds", "rounds_while_filling"):
+        value = getattr(c, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise InputError(f"{name} is {value!r}; give a whole number of at least 1")
+    longest = pair.target.config.max_position or 4096
+    length = longest if c.max_length is None else c.max_length
+    if not 2 <= length <= longest:
+        raise InputError(f"max_length is {length}; give 2 to {longest}, the model's positions")
+    widths = _widths(pair, c)
+    buckets = _buckets(c)
+    if any(tokens % c.page_size for _, tokens in c.prefill) and c.prefix_cache:
+        raise InputError(f"a prefill of {c.prefill} does not end where pages of {c.page_size} do; give multiples")
+    plans = c.plans
+    if not any(covers(plan, SamplingPlan(random=True, filters=True)) for plan in plans) or not plans[0].neutral:
+        raise InputError("the first of the plans is greedy, and one of them has to take temperature and filters")
+    settings = any(plan.penalties or plan.bias for plan in plans)
+    least = -(-length // c.page_size)
+    pages = c.pages or c.slots * least + 1  # one more: see `Scheduler.admit`
+    sizes = Sizes(c.slots, length, widths[-1], c.rounds, pages, c.page_size, c.checkpoints, settings)
+    if c.memory_bytes is not None:
+        within = memory_of(pair, sizes).pages_within(c.memory_bytes, least)
+        sizes = replace(sizes, pages=min(within, sizes.pages))
+    if sizes.pages < least + 1:
+        raise InputError(
+            f"there are {sizes.pages} pages of {c.page_size}; give at least {least + 1}: max_length and one"
+        )
+    return Resolved(
+        sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling,
+        tuple(sorted(c.prefill, key=lambda s: s[1])), plans, c.prefix_cache, c.max_requests,
+    )  # fmt: skip
+
+
+def _widths(pair: Pair, c: EngineConfig) -> tuple[int, ...]:
+    if pair.drafter is None or not c.draft:
+        return (1,)
+    block = pair.drafter.config.block_size
+    widths = c.widths or (1, -(-block // 2), block)
+    if any(not 1 <= w <= block for w in widths) or not widths:
+        raise InputError(f"widths are {widths}; give whole numbers from 1 to {block}, the drafter's block size")
+    return tuple(sorted({1, *widths}))
+
+
+def _buckets(c: EngineConfig) -> tuple[int, ...]:
+    if c.buckets is None:
+        sizes = [4**i for i in range(16) if 4**i < c.slots]
+        return (*sizes, c.slots)
+    if not all(1 <= b <= c.slots for b in c.buckets) or c.slots not in c.buckets:
+        raise InputError(f"buckets are {c.buckets}; give sizes up to the slots, {c.slots}, which has to be one of them")
+    return tuple(sorted(set(c.buckets)))

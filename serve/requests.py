@@ -1,0 +1,179 @@
+"""A request as its sender sees it, and as the engine does."""
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from dflash_jax.decoding.generate import split_stops
+from dflash_jax.decoding.output import Generation, Output, Piece
+from dflash_jax.decoding.sampling import Sampling
+from dflash_jax.errors import InputError
+from dflash_jax.pair import Pair
+from dflash_jax.text import Prompt
+from serve.device import STOPS
+
+Event = Piece | Generation | Exception  # pieces, then one of the others
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to complete, and how: the arguments of `dflash_jax.generate` for one prompt."""
+
+    prompt: Prompt
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int = 0
+    stop: Any = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `Sampling.pack`."""
+        names = "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty logit_bias seed"
+        return {name: getattr(self, name) for name in names.split()}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    drafted_tokens: int
+    accepted_tokens: int  # of the drafted ones
+
+
+class Handle:
+    """A request on its way: iterate over it for pieces, or wait for the `result`.
+
+    `deliver`, if given, is called with each event instead, by the engine's thread: it must be quick and not raise.
+    """
+
+    def __init__(self, request: Request, cancel: Callable[["Handle"], None], deliver: Callable[[Event], None] | None):
+        self.request = request
+        self.submitted = time.perf_counter()
+        self.first: float | None = None  # when the first token was there
+        self.finished: float | None = None
+        self.usage: Usage | None = None  # at the end
+        self._cancel = cancel
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._deliver = deliver or self._events.put
+        self._end: Event | None = None
+
+    def put(self, event: Event) -> None:
+        """For the engine: the next event."""
+        now = time.perf_counter()
+        self.first = now if self.first is None else self.first
+        if not isinstance(event, Piece):
+            self.finished = now
+        self._deliver(event)
+
+    def cancel(self) -> None:
+        """End the request soon, wherever it is; its generation then has the finish reason "cancelled"."""
+        self._cancel(self)
+
+    def __iter__(self) -> Iterator[Piece]:
+        while self._end is None:
+            event = self._events.get()
+            if isinstance(event, Piece):
+                yield event
+            else:
+                self._end = event
+        if isinstance(self._end, Exception):
+            raise self._end
+
+    def result(self) -> Generation:
+        """The whole generation, once it is there. Raises what went wrong."""
+        for _ in self:
+            pass
+        assert isinstance(self._end, Generation)
+        return self._end
+
+
+@dataclass(eq=False)
+class Running:
+    """The engine's side of a request. Lengths are in tokens, prompt included."""
+
+    handle: Handle
+    order: int  # of arrival
+    prompt: list[int]
+    limit: int
+    stops: np.ndarray  # ids, padded
+    sampling: Sampling  # of one request, on the host
+    output: Output
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    goal: int = 0  # tokens to prefill
+    prefilled: int = 0  # of these, dispatched or cached
+    cuts: tuple[int, ...] = ()  # where to keep the recurrent state
+    least: int = 0  # tokens known for certain once all that is in flight has arrived
+    most: int = 0  # and how many there can be
+    cold: int | None = None  # from which token on the drafter's cache has holes
+    cached: int = 0  # tokens of the prompt that were found in the prefix cache at first
+    drafted: int = 0
+    accepted: int = 0
+    done: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that the host knows."""
+        return self.prompt + self.output.tokens
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its rounds can be dispatched."""
+        return self.slot >= 0 and self.prefilled == self.goal and self.least < self.limit
+
+    @property
+    def waits_for_prefill(self) -> bool:
+        return self.slot >= 0 and self.prefilled < self.goal
+
+    def take_slot(self, slot: int) -> None:
+        """Begin, or begin again, in a slot: everything known but the last token of an output has to be prefilled."""
+        known = len(self.prompt) + len(self.output.tokens)
+        self.slot, self.least, self.most, self.cold = slot, known, known, None
+        self.goal = known - 1 if self.output.tokens else known
+
+    def finish(self, reason: str | None = None) -> None:
+        """Tell the sender; `reason` replaces the generation's own."""
+        self.done = True
+        generation = self.output.generation()
+        if piece := self.output.piece():
+            self.handle.put(piece)
+        self.handle.usage = Usage(len(self.prompt), self.cached, self.drafted, self.accepted)
+        self.handle.put(generation if reason is None else replace(generation, finish_reason=reason))
+
+
+def prepare(pair: Pair, handle: Handle, order: int, longest: int, settings: bool) -> Running:
+    """Check a request. `longest` is what the engine takes; `settings`: whether penalties and biases are possible.
+
+    InputError as from `dflash_jax.generate`, and for a prompt or settings that this engine is not made for.
+    """
+    request, config = handle.request, pair.target.config
+    new = request.max_new_tokens
+    if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 1:
+        raise InputError(f"max_new_tokens is {new!r}; give a whole number of at least 1")
+    prompt = pair.tokenizer.encode(request.prompt)
+    if len(prompt) >= longest:
+        raise InputError(f"the prompt has {len(prompt)} tokens; this engine takes at most {longest - 1}")
+    stop_texts, stop_ids = split_stops(request.stop, config.vocab_size)
+    ends = sorted({*config.eos_token_ids, *stop_ids})
+    if len(ends) > STOPS:
+        raise InputError(f"there are {len(ends)} stop ids, the model's own included; give at most {STOPS}")
+    sampling = Sampling.pack(1, config.vocab_size, **request.settings)
+    if not settings and (sampling.plan.penalties or sampling.plan.bias):
+        raise InputError("this engine was started without penalties and logit_bias; leave them out")
+    stops = np.full(STOPS, -1, np.int32)
+    stops[: len(ends)] = ends
+    output = Output(pair.tokenizer, len(prompt), stop_texts, set(ends))
+    return Running(handle, order, prompt, min(len(prompt) + int(new), longest), stops, sampling, output)

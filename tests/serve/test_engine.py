@@ -1,0 +1,168 @@
+"""Requests get what `generate` gives them alone; nothing is compiled later; the host waits once a dispatch."""
+
+import logging
+
+import jax
+import pytest
+
+from dflash_jax.errors import InputError
+from serve.requests import Request
+from tests.decoding import pairs
+from tests.serve import engines
+
+LENGTHS = [3, 20, 9, 41, 1, 17, 8, 30, 12]
+PROMPTS = pairs.prompts(LENGTHS, seed=1)
+REQUESTS = [Request(p, max_new_tokens=30, **engines.KINDS[i % 5]) for i, p in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engines.engine()
+
+
+def test_every_request_gets_what_it_gets_alone(engine):
+    """Greedy and sampled, with penalties and biases, joining and leaving at different times; drafts are accepted."""
+    results = engines.run(engine, REQUESTS)
+    assert [r.tokens for r in results] == [e.tokens for e in engines.expected(REQUESTS)]
+    for i in (0, 5):  # greedy
+        assert results[i] == engines.alone(REQUESTS[i])
+    assert engine.stats.accepted > 20
+    engines.check_idle(engine)
+
+
+def test_stop_ids_and_stop_strings(engine):
+    """Each request its own; a text is found across rounds and across dispatches."""
+    full = engines.alone(REQUESTS[0])
+    at = 10
+    stops = [(full.tokens[at],), full.text[2 * at : 2 * at + 5], ("zz", full.text[:3])]
+    requests = [Request(PROMPTS[0], max_new_tokens=30, stop=stop) for stop in stops]
+    for request, result in zip(requests, engines.run(engine, requests), strict=True):
+        expected = engines.alone(request)
+        assert (result.tokens, result.text) == (expected.tokens, expected.text)
+        assert result.finish_reason == "stop"
+        assert len(result.tokens) < 30
+    engines.check_idle(engine)
+
+
+def test_nothing_is_compiled_after_the_start(engine, caplog):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        engines.run(engine, [Request([1, 2, 3], max_new_tokens=9, **kind) for kind in engines.KINDS])
+        engines.run(engine, [Request([4] * n, max_new_tokens=60, stop=[5]) for n in (1, 33, 8)])
+    assert not [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+
+
+def test_the_host_waits_once_a_dispatch(engine, monkeypatch):
+    """And a dispatch gives at least as many tokens as it has rounds and rows."""
+    reads, read = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: reads.append(1) or read(x))
+    before = engine.stats.tokens, engine.stats.host_syncs
+    prompts = pairs.prompts([4, 5, 6], seed=3)
+    with jax.transfer_guard_device_to_host("disallow_explicit"), monkeypatch.context() as patch:
+        patch.setattr(jax, "device_get", lambda x: reads.append(1) or _allowed(read, x))
+        engines.run(engine, [Request(p, max_new_tokens=48, stop=[]) for p in prompts])
+    tokens, syncs = engine.stats.tokens - before[0], engine.stats.host_syncs - before[1]
+    assert tokens == 3 * 48
+    assert len(reads) == syncs
+    per_dispatch = len(prompts) * engines.SMALL.rounds
+    assert syncs <= tokens / per_dispatch + len(prompts) + 2  # prompts come one or two at a time
+
+
+def _allowed(read, x):
+    with jax.transfer_guard_device_to_host("allow"):
+        return read(x)
+
+
+def test_a_dispatch_is_made_before_the_news_of_the_one_before_are_read(engine, monkeypatch):
+    events = []
+    rounds, collect = engine.programs.rounds, engine._collect
+    monkeypatch.setattr(engine.programs, "rounds", lambda *a: events.append("d") or rounds(*a))
+    monkeypatch.setattr(engine, "_collect", lambda: events.append("c") or collect())
+    engines.run(engine, [Request([1, 2, 3], max_new_tokens=60)])
+    text = "".join(events)
+    assert "dcdcdcdc" in text
+    ahead = [text[:i].count("d") - text[:i].count("c") for i in range(2, len(text) - 3)]
+    assert sum(n == 2 for n in ahead) >= len(ahead) // 3, text
+
+
+def test_page_tables_get_new_pages_only(engine, monkeypatch):
+    sent, rounds = [], engine.programs.rounds
+    monkeypatch.setattr(engine.programs, "rounds", lambda rows, new, plan: sent.extend(new) or rounds(rows, new, plan))
+    engines.run(engine, [Request([2, 2, 5], max_new_tokens=80)])
+    entries = [(slot, entry) for slot, entry, _ in sent]
+    assert len(entries) == len(set(entries)) <= 96 // 8
+
+
+def test_a_hit_in_the_prefix_cache_changes_nothing(engine):
+    """Tokens, and how many drafts are accepted in each round: recurrent state and draft keys come with the pages."""
+    prompt = pairs.prompts([45], seed=9)[0]
+    (cold,) = engines.run(engine, [Request(prompt, max_new_tokens=40)])
+    before = engine.stats.cached_tokens
+    handle = engine.submit(Request(prompt, max_new_tokens=40))
+    engines.drain(engine)
+    warm = handle.result()
+    assert handle.usage.cached_tokens == 40  # five pages of the 45 tokens
+    assert engine.stats.cached_tokens == before + 40
+    assert warm == cold
+    assert sum(warm.acceptance_lengths) > 1.2 * len(warm.acceptance_lengths)
+
+
+def test_prompts_that_begin_alike_share_pages(engine):
+    """The third one: the second shows that others may go another way there, and leaves its state behind."""
+    start = pairs.prompts([24], seed=10)[0]
+    tails = pairs.prompts([9, 10, 11], seed=11)
+    for tail, expected in zip(tails, (0, 0, 24), strict=True):
+        handle = engine.submit(Request([*start, *tail], max_new_tokens=20))
+        engines.drain(engine)
+        assert handle.usage.cached_tokens == expected
+        assert handle.result().tokens == engines.alone(handle.request).tokens
+    engines.check_idle(engine)
+
+
+def test_cancelling_frees_everything(engine):
+    handles = [engine.submit(Request(p, max_new_tokens=50)) for p in PROMPTS[:6]]
+    for _ in range(4):
+        engine.step()
+    for handle in handles[::2]:
+        handle.cancel()
+    engines.drain(engine)
+    assert [h.result().finish_reason == "cancelled" for h in handles] == [True, False] * 3
+    for handle in handles[1::2]:
+        assert handle.result().tokens == engines.alone(handle.request).tokens
+    engines.check_idle(engine)
+
+
+def test_preempted_requests_are_run_again(engine):
+    before = engine.stats.preempted
+    requests = [Request(p, max_new_tokens=55) for p in PROMPTS[:3]]
+    results = engines.run(engine, requests)
+    assert engine.stats.preempted > before
+    assert [r.tokens for r in results] == [engines.alone(r).tokens for r in requests]
+    engines.check_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([1] * 96), "at most 95"),
+        (Request([]), "empty"),
+        (Request([1], max_new_tokens=0), "max_new_tokens"),
+        (Request([1], temperature=-1), "temperature"),
+        (Request([1], stop=list(range(6)) * 3 + [""]), "stop"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(engine, request_, message):
+    with pytest.raises(InputError, match=message):
+        engine.submit(request_)
+    engines.check_idle(engine)
+
+
+def test_the_thread_serves_and_ends(engine):
+    with engine:
+        handles = [engine.submit(r) for r in REQUESTS[:4]]
+        pieces = list(handles[0])
+        results = [h.result() for h in handles]
+    assert [t for p in pieces for t in p.tokens] == results[0].tokens
+    assert len(pieces) > 2
+    assert [r.tokens for r in results] == [e.tokens for e in engines.expected(REQUESTS[:4])]
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(REQUESTS[0])

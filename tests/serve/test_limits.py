@@ -1,0 +1,85 @@
+"""Memory, positions and other kinds of targets: what an engine is not made for, and what goes on in another way."""
+
+from dataclasses import replace
+
+import pytest
+
+from dflash_jax.decoding.generate import generate
+from dflash_jax.errors import InputError
+from serve.config import GREEDY, EngineConfig, resolve
+from serve.engine import Busy, Engine
+from serve.programs import memory_of
+from serve.requests import Request
+from tests.decoding import pairs
+from tests.serve import engines
+
+ONE = replace(engines.SMALL, slots=1, buckets=(1,), pages=None, prefill=((1, 8),))
+
+
+def test_a_request_past_the_drafters_positions_goes_on_plainly():
+    pair = pairs.pair("qwen3", drafter_positions=40)
+    engine = Engine(pair, ONE)
+    prompt = pairs.prompts([12])[0]
+    (result,) = engines.run(engine, [Request(prompt, max_new_tokens=70)])
+    (expected,) = generate(pair, [prompt], max_new_tokens=70, draft=False)
+    assert result.tokens == expected.tokens
+    assert engine.stats.widths[4] and engine.stats.widths[1] > engine.stats.widths[4]
+    # Not recurrent: what it said as long as the drafter's cache was kept up is found again, and is right.
+    follow = Request([*prompt, *result.tokens[:20]], max_new_tokens=10)
+    handle = engine.submit(follow)
+    engines.drain(engine)
+    assert handle.usage.cached_tokens == 24
+    assert handle.result().tokens == expected.tokens[20:30]
+    engines.check_idle(engine)
+
+
+def test_pages_follow_the_memory():
+    pair = engines.pair()
+    sizes = resolve(pair, ONE).sizes
+    memory = memory_of(pair, sizes)
+    assert sizes.pages == 12 + 1
+    budget = memory.total - memory.page
+    with pytest.raises(InputError, match="there are 12 pages of 8; give at least 13"):
+        resolve(pair, replace(ONE, memory_bytes=budget))
+    with pytest.raises(InputError, match="memory budget is 0 MiB"):
+        resolve(pair, replace(ONE, memory_bytes=1000))
+    three = replace(ONE, slots=3, buckets=(3,))
+    roomy = memory_of(pair, resolve(pair, three).sizes)
+    assert roomy.pages == 37
+    within = resolve(pair, replace(three, memory_bytes=roomy.total - 5 * roomy.page - 1)).sizes
+    assert within.pages == 31
+    assert memory_of(pair, within).total < roomy.total - 5 * roomy.page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": 0}, "slots is 0"),
+        ({"max_length": 1000}, "max_length is 1000"),
+        ({"widths": (9,)}, "1 to 4"),
+        ({"buckets": (2,)}, "buckets"),
+        ({"prefill": ((1, 12),)}, "multiples"),
+        ({"plans": (GREEDY,)}, "temperature"),
+        ({"pages": 12}, "at least 13"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        resolve(engines.pair(), replace(ONE, **change))
+
+
+def test_too_many_requests_are_sent_away():
+    engine = Engine(pairs.pair("qwen3", drafter_positions=40), replace(ONE, max_requests=2))
+    handles = [engine.submit(Request([1, 2], max_new_tokens=3)) for _ in range(2)]
+    with pytest.raises(Busy, match="2 requests"):
+        engine.submit(Request([1]))
+    engines.drain(engine)
+    assert [len(h.result().tokens) for h in handles] == [3, 3]
+    engine.submit(Request([1], max_new_tokens=1)).cancel()
+    engines.drain(engine)
+    engines.check_idle(engine)
+
+
+def test_defaults_fit_any_pair():
+    config = resolve(pairs.pair("qwen3", None), EngineConfig())
+    assert (config.widths, config.buckets, config.modes) == ((1,), (1, 4, 16), [(1, False)])

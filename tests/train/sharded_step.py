@@ -1,0 +1,190 @@
+"""Training steps of a small pair that 8 devices divide in every way; run as a program on many devices.
+
+python -m tests.train.sharded_step OUT.npz MESH                        # one process, 8 devices
+python -m tests.train.sharded_step OUT.npz MESH --process 0 PORT       # one of two processes, 4 devices each
+python -m tests.train.sharded_step OUT.npz MESH --checkpoint FOLDER MESH  # saved on one mesh, continued on the other
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tests.sharded import DRAFTER, TARGET
+
+SMALL_TARGET = TARGET | {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_experts": 8,
+}
+SMALL_DRAFTER = DRAFTER | {
+    "num_target_layers": 2,
+    "num_hidden_layers": 1,
+    "selector_rank": 8,
+    "dflash_config": {"mask_token_id": 15, "target_layer_ids": [0]},
+}
+STEPS = 2
+
+
+def pair():
+    """Graphs, and random host weights with which the target's text depends on what came before."""
+    import numpy as np
+    from flax import nnx
+
+    from dflash_jax.config import DrafterConfig, TargetConfig
+    from dflash_jax.models.drafter import Drafter
+    from dflash_jax.models.target import Target
+
+    rng = np.random.default_rng(0)
+
+    def leaf(x):
+        noise = rng.normal(size=x.shape) * (0.1 if len(x.shape) == 1 else 0.7 / np.sqrt(x.shape[-2]))
+        return np.asarray(noise + (len(x.shape) == 1), x.dtype)
+
+    import jax
+
+    drafter = nnx.split(nnx.eval_shape(lambda: Drafter(DrafterConfig.from_dict(SMALL_DRAFTER), rngs=nnx.Rngs(1))))
+    target = nnx.split(nnx.eval_shape(lambda: Target(TargetConfig.from_dict(SMALL_TARGET), rngs=nnx.Rngs(0))))
+    return (drafter[0], target[0]), jax.tree.map(leaf, drafter[1]), jax.tree.map(leaf, target[1])
+
+
+def global_batch(step: int) -> dict:
+    """8 rows of packed documents of different lengths, of which different shares count."""
+    import numpy as np
+
+    rng = np.random.default_rng(step)
+    T = 24
+    cuts = np.sort(rng.integers(4, T, (8, 2)), 1)
+    at = np.arange(T)
+    segments = 1 + (at >= cuts[:, :1]) + (at >= cuts[:, 1:])
+    segments[:4, -3:] = 0
+    mask = (rng.random((8, T)) < np.linspace(0.5, 1.0, 8)[:, None]) & (segments > 0)
+    return {
+        "tokens": rng.integers(0, 15, (8, T)).astype(np.int32),
+        "segments": segments.astype(np.int32),
+        "mask": mask,
+        "step": np.uint32(step),
+    }
+
+
+def setup(mesh):
+    """The loss, the step, a state and frozen weights on the mesh."""
+    import functools
+
+    import jax
+
+    from dflash_jax.sharding import state_shardings
+    from train.objective import Objective, drafter_terms
+    from train.optimizer import OptimizerConfig, make_optimizer
+    from train.placing import new_state, on_mesh
+    from train.step import make_step
+
+    graphs, params, weights = pair()
+    config = Objective(anchors=4, loss="dpace", remat=True)
+    terms = functools.partial(drafter_terms, graphs, config)
+    optimizer = make_optimizer(OptimizerConfig("muon", learning_rate=0.01, warmup=0.0), 10)
+    state = new_state(lambda: jax.tree.map(jax.numpy.asarray, params), optimizer, mesh)
+    placed = None if mesh is None else state_shardings(weights, mesh)
+    with on_mesh(mesh):
+        frozen = jax.jit(lambda: jax.tree.map(jax.numpy.asarray, weights), out_shardings=placed)()
+    return terms, make_step(terms, optimizer), state, frozen
+
+
+def steps(step, state, frozen, mesh, numbers):
+    """The state after these steps, and their losses."""
+    import jax
+
+    from train.placing import on_mesh
+
+    found = []
+    with on_mesh(mesh):
+        for number in numbers:
+            state, metrics = step(state, frozen, fed(global_batch(number), mesh))
+            found.append(float(jax.device_get(metrics["loss"])))
+    return state, found
+
+
+def fed(batch: dict, mesh) -> dict:
+    """The batch on the mesh, of which every process gives its own rows."""
+    from train.feeding import Feed
+
+    feed, step = Feed(8, mesh), batch.pop("step")
+    return feed.put(feed.own(batch), int(step))
+
+
+def outcome(mesh) -> dict:
+    """Losses of two steps, gradients of the first, parameters after both: leaf by leaf."""
+    import jax
+    import numpy as np
+
+    from train.placing import on_mesh
+    from train.step import gradients_of
+
+    terms, step, state, frozen = setup(mesh)
+    with on_mesh(mesh):
+        batch = fed(global_batch(0), mesh)
+        _, _, gradients = jax.jit(lambda p, f, b: gradients_of(terms, p, f, b))(state.params, frozen, batch)
+    gradients = [whole(x) for x in jax.tree.leaves(gradients)]
+    state, found = steps(step, state, frozen, mesh, range(STEPS))
+    after = [whole(x) for x in jax.tree.leaves(state.params)]
+    named = {f"{name}{i}": x for name, xs in (("gradient", gradients), ("after", after)) for i, x in enumerate(xs)}
+    return named | {"losses": np.array(found)}
+
+
+def whole(x):
+    """A global array on the host."""
+    import jax
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(x, tiled=True) if jax.process_count() > 1 else x)
+
+
+def continued(mesh, folder: Path, other) -> dict:
+    """Two steps on one mesh, saved; a third one on the other, from what was saved, laid out as it has to be."""
+    import jax
+    import numpy as np
+
+    from train.checkpoints import Checkpoints
+
+    _, step, state, frozen = setup(mesh)
+    state, _ = steps(step, state, frozen, mesh, range(STEPS))
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(state, {"next": STEPS}, {})
+    saved = [whole(x) for x in jax.tree.leaves(state)]
+    _, step, blank, frozen = setup(other)
+    with Checkpoints(folder, keep=2) as checkpoints:
+        state, place = checkpoints.restore(blank)
+    assert place == {"next": STEPS}
+    for a, b in zip(saved, jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, whole(b))
+    wanted = [x.sharding for x in jax.tree.leaves(blank)]
+    assert [x.sharding for x in jax.tree.leaves(state)] == wanted
+    state, found = steps(step, state, frozen, other, [STEPS])
+    assert [x.sharding.is_equivalent_to(s, x.ndim) for x, s in zip(jax.tree.leaves(state), wanted, strict=True)]
+    return {"losses": np.array(found)}
+
+
+def main() -> None:
+    out, mesh, *rest = sys.argv[1:]
+    several = "--process" in rest
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={4 if several else 8} --xla_backend_optimization_level=1"
+    )
+    import jax
+    import numpy as np
+
+    from dflash_jax.sharding import make_mesh
+
+    if several:
+        index, port = map(int, rest[1:3])
+        jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    made = make_mesh(**json.loads(mesh))
+    if "--checkpoint" in rest:
+        np.savez(out, **continued(made, Path(rest[1]), make_mesh(**json.loads(rest[2]))))
+    else:
+        np.savez(out, **outcome(made))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Every recipe reads, fits its target, has the published drafter's size, and divides over its pod's mesh."""
+
+import math
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+import train
+from dflash_jax.config import DrafterConfig, TargetConfig, read_json
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.target import Target
+from dflash_jax.pair import check_fit
+from dflash_jax.sharding import RULES, param_axes, spec
+from dflash_jax.topology import parse_topology
+from train.configuration import read_config
+from train.run import DrafterRun
+
+RECIPES = sorted((Path(train.__file__).parent / "recipes").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "docs" / "configs"
+# Parameters of the published DFlash drafters, from their files' sizes.
+SIZES = {
+    "qwen3.5-397b-a17b": 1_291_904_512,
+    "qwen3.5-35b-a3b": 385_906_176,
+    "qwen3-coder-30b-a3b": 473_995_264,
+    "gpt-oss-120b": 784_767_104,
+    "qwen3-8b": 1_048_626_432,
+}
+
+
+def read(path: Path) -> tuple[str, bool, DrafterRun, TargetConfig, DrafterConfig]:
+    """(model, whether DFlash 2, the run, its target, its drafter)."""
+    model, _, form = path.stem.rpartition("-")
+    run = read_config(DrafterRun, path)
+    target = TargetConfig.from_dict(read_json(CONFIGS / f"{model}.json"))
+    assert run.mask_token is not None
+    return model, form == "dflash2", run, target, run.training.architecture.drafter_config(target, run.mask_token)
+
+
+def test_there_is_a_recipe_for_every_model_in_both_forms():
+    assert {path.stem for path in RECIPES} == {f"{model}-{form}" for model in SIZES for form in ("dflash", "dflash2")}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_drafter_fits_and_has_the_published_size(path):
+    model, second, run, target, drafter = read(path)
+    check_fit(target, drafter)
+    assert DrafterConfig.from_dict(drafter.to_dict()) == drafter
+    state = nnx.state(nnx.eval_shape(lambda: Drafter(drafter, rngs=nnx.Rngs(0))))
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(state))
+    D, V = drafter.hidden_size, drafter.vocab_size
+    convolutions = drafter.num_layers * 2 * (2 * 2 * D + D * (2 * 2 * D // drafter.conv_group_size))
+    assert size == SIZES[model] + second * (convolutions + 2 * V * 256 + D * 256)
+    assert run.training.loss == ("dpace" if second else "decay") and run.training.compute == "bfloat16"
+    assert run.training.gamma == {16: 7, 10: 5}[drafter.block_size]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_mesh_is_the_pod_s_and_divides_models_and_batch(path):
+    _, _, run, target, drafter = read(path)
+    pod = re.search(r"^# For (\S+) ", path.read_text(), re.MULTILINE)
+    assert pod is not None
+    sizes = dict(vars(run.mesh))
+    assert math.prod(sizes.values()) == parse_topology(pod[1]).num_devices
+    assert run.training.batch % math.prod(sizes[axis] for axis in RULES["batch"]) == 0
+    assert 2.4e5 <= run.training.batch * run.data.length <= 3e5
+    build = {Target: target, Drafter: drafter}
+    for kind, config in build.items():
+        state = nnx.state(nnx.eval_shape(lambda kind=kind, config=config: kind(config, rngs=nnx.Rngs(0))))
+        for _, variable in nnx.to_flat_state(state):
+            shape = variable.get_value().shape
+            spec(param_axes(variable, shape), shape, sizes)

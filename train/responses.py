@@ -1,0 +1,23 @@
+"""`dflash train responses CONFIG.yaml`: the target answers the prompts of a run's configuration."""
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+import dflash_jax
+from dflash_jax.errors import InputError
+from train.chat import prompt_ids
+from train.data import DataConfig
+from train.records import JsonLines
+from train.regenerate import RegenerateConfig, regenerate
+
+
+def make_responses(target: str, out: Path, data: DataConfig, config: RegenerateConfig, mesh: Mesh | None) -> bool:
+    """Responses to data.prompts in out/responses; False if it was stopped before the last."""
+    if not data.prompts:
+        raise InputError("data.prompts is empty; give JSONL files of texts or chat messages to answer")
+    pair: Any = dflash_jax.load(target, config.drafter, mesh=mesh)
+    lines = JsonLines(data.prompts)
+    prompts = [prompt_ids(pair.tokenizer, lines[i], data.template) for i in range(len(lines))]
+    return regenerate(pair, prompts, config, out / "responses")
