@@ -8,7 +8,7 @@ JOBS ?= 2
 # The torch models that tests compare with are tiny: more threads make them slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-short lint format bench bench-torch aot plan-docs embedded clean
+.PHONY: help demo test test-short lint format bench bench-torch aot plan-docs recipe-docs embedded clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
 

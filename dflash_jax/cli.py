@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from jsonargparse import ArgumentParser
@@ -52,7 +53,8 @@ class PlanOptions:
 
     target: str | None = option(None, "the target's config.json, or a folder with one", metavar="PATH")
     drafter: str | None = option(None, "the drafter's config.json, or a folder with one", metavar="PATH")
-    topology: str = option("tpu7x:2x2x2", "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2, h100:8")
+    topology: str | None = option(None, "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2 (if left out), h100:8")
+    recipe: str | None = option(None, "plan a step of this training run, on the pod that it names", metavar="FILE")
     mesh: str = option("", "sizes of data, fsdp, expert, tensor, as in expert=4,tensor=4; all on tensor if left out")
     program: str = option("round", "round, plain (one token at a time), prefill, or train (a step of the trainer)")
     batch: int = option(1, "sequences", metavar="N")
@@ -197,22 +199,18 @@ def _train(values: Any) -> int:
 def _plan(options: PlanOptions) -> int:
     from dflash_jax.topology import parse_topology, prepare, require_compiler
 
-    if options.target is None:
+    if options.target is None and options.recipe is None:
         raise InputError("there is no target; give --target, a config.json or a folder with one")
-    if options.compile:
-        require_compiler(parse_topology(options.topology).chip)
     prepare()  # before jax is imported
-    from dflash_jax.plan import Request, plan
+    from dflash_jax.plan import plan
 
-    given: dict[str, Any] = dataclasses.asdict(options)
-    as_json = given.pop("json")
-    trained = None
-    if options.program == "train":
-        from train.plan import planned as trained
+    request, trained = _request(options)
+    if options.compile:
+        require_compiler(parse_topology(request.topology).chip)
     with Screen(sys.stdout) as screen:
         screen.wait("compiling, which takes minutes for a large model")
-        result = plan(Request(**given), trained)
-    if as_json:
+        result = plan(request, trained)
+    if options.json:
         print(json.dumps(result))
         return 0
     from rich.console import Console
@@ -221,6 +219,24 @@ def _plan(options: PlanOptions) -> int:
 
     show(result, Console())
     return 0
+
+
+def _request(options: PlanOptions) -> tuple[Any, Any]:
+    """What `dflash_jax.plan.plan` takes: the request, and what makes the program of a training step."""
+    if options.recipe is not None:
+        from train.plan_recipe import planned_recipe
+
+        return planned_recipe(
+            Path(options.recipe), target=options.target, topology=options.topology, compile=options.compile
+        )
+    from dflash_jax.plan import Request
+
+    given: dict[str, Any] = dataclasses.asdict(options)
+    del given["json"], given["recipe"]
+    trained = None
+    if options.program == "train":
+        from train.plan import planned as trained
+    return Request(**given | {"topology": options.topology or "tpu7x:2x2x2"}), trained
 
 
 def _settings(options: GenerateOptions) -> dict[str, Any]:

@@ -46,11 +46,14 @@ def default_target() -> TargetTraining:
 
 
 def default_drafter() -> DrafterTraining:
-    """The embedded drafter."""
+    """The embedded drafter: DFlash 2, trained with D-PACE."""
     return DrafterTraining(
-        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384),
+        architecture=DrafterArchitecture(
+            num_layers=3, head_dim=64, intermediate_size=512, convolution=True, selector_rank=64
+        ),
         loop=LoopConfig(steps=4000),
-        optimizer=OptimizerConfig("muon", learning_rate=5e-3),
+        optimizer=OptimizerConfig("muon", learning_rate=5e-3, adam_learning_rate=2e-3),
+        loss="dpace",
         anchors=64,
     )
 
@@ -72,7 +75,7 @@ class EmbeddedPair:
     """
 
     target: TargetTraining = dataclasses.field(default_factory=default_target)
-    cuts: corpus.PromptConfig = dataclasses.field(default_factory=corpus.PromptConfig)
+    cuts: corpus.PromptConfig = dataclasses.field(default_factory=lambda: corpus.PromptConfig(count=6144))
     responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=256, sampled=0.1))
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=352, threads=1))
     drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
