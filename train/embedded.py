@@ -75,7 +75,7 @@ class EmbeddedPair:
     """
 
     target: TargetTraining = dataclasses.field(default_factory=default_target)
-    cuts: corpus.PromptConfig = dataclasses.field(default_factory=lambda: corpus.PromptConfig(count=6144))
+    cuts: corpus.PromptConfig = dataclasses.field(default_factory=corpus.PromptConfig)
     responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=256, sampled=0.1))
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=352, threads=1))
     drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
