@@ -53,7 +53,9 @@ class PlanOptions:
 
     target: str | None = option(None, "the target's config.json, or a folder with one", metavar="PATH")
     drafter: str | None = option(None, "the drafter's config.json, or a folder with one", metavar="PATH")
-    topology: str | None = option(None, "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2 (if left out), h100:8")
+    topology: str | None = option(
+        None, "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2 (if left out), h100:8"
+    )
     recipe: str | None = option(None, "plan a step of this training run, on the pod that it names", metavar="FILE")
     mesh: str = option("", "sizes of data, fsdp, expert, tensor, as in expert=4,tensor=4; all on tensor if left out")
     program: str = option("round", "round, plain (one token at a time), prefill, or train (a step of the trainer)")

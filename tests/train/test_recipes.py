@@ -77,7 +77,7 @@ def test_the_mesh_is_the_pod_s_and_divides_models_and_batch(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_its_plan_is_of_its_own_sizes_and_leaves_room_on_the_pod(path):
-    model, _, run, target, drafter = read(path)
+    model, _, run, _, drafter = read(path)
     request, trained = planned_recipe(path, target=str(CONFIGS / f"{model}.json"), compile=False)
     made = plan(request, trained)
     assert (request.batch, request.context) == (run.training.batch, run.data.length)
