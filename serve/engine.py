@@ -16,7 +16,7 @@ import jax
 
 from dflash_jax.decoding.width import WidthController
 from dflash_jax.pair import Pair
-from serve import device
+from serve import device, steps
 from serve.config import EngineConfig, Plan, resolve
 from serve.pages import Pages
 from serve.prefix import PrefixCache
@@ -235,10 +235,10 @@ class Engine:
             for row, chunk in zip(first, flight.chunks, strict=False):
                 self.stats.prefill_tokens += chunk.count
                 if chunk.kind == device.LAST and not chunk.running.done:
-                    self._take_news(chunk.running, *device.news_of(row, 0), expected=(1, 1), plan=None)
+                    self._take_news(chunk.running, *steps.news_of(row, 0), expected=(1, 1), plan=None)
         if flight.plan is not None:
             plan, rounds = flight.plan, self.config.sizes.rounds
-            taken = [device.news_of(news[place], rounds) for place in flight.places]
+            taken = [steps.news_of(news[place], rounds) for place in flight.places]
             self._learn(flight, [counts for _, counts, _ in taken], now)
             expected = (1 if plan.leave else plan.rounds), plan.rounds * plan.width
             for r, entry in zip(flight.rows, taken, strict=True):

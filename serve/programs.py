@@ -14,7 +14,7 @@ from dflash_jax.cache import KeyValues, Recurrence
 from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.decoding.width import WidthController
 from dflash_jax.pair import Pair
-from serve import device
+from serve import device, steps
 from serve.config import Plan, Resolved
 from serve.device import Admission, Sizes, Slots
 from serve.pages import Memory
@@ -91,7 +91,7 @@ class Programs:
     def _run_prefill(self, order: np.ndarray, shape: tuple[int, int]) -> jax.Array:
         split = self.pair.split if self.config.modes[1:] else self.pair.split_target
         with self.pair.on_mesh():
-            self.state, news = device.run_prefill(
+            self.state, news = steps.run_prefill(
                 *split, self.state, order, shape=shape, sizes=self.sizes, plan=self._everything
             )
         return news
@@ -112,7 +112,7 @@ class Programs:
         order = np.concatenate([slots, [plan.rounds, plan.leave], changes.reshape(-1)]).astype(np.int32)
         split = self.pair.split if plan.draft else self.pair.split_target
         with self.pair.on_mesh():
-            self.state, news = device.run_rounds(
+            self.state, news = steps.run_rounds(
                 *split, self.state, order, bucket=plan.bucket, sizes=self.sizes, width=plan.width,
                 plan=plan.settings, draft=plan.draft,
             )  # fmt: skip
