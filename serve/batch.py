@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from dflash_jax.decoding.logprobs import Logprobs
 from dflash_jax.decoding.round import DecodeState
 from dflash_jax.decoding.sampling import Sampling, SamplingPlan
 from serve.device import Slots
@@ -27,8 +28,9 @@ def taken(
     else:
         rows = partial(jax.tree.map, lambda x: x[slots])
         part = replace(
-            d, cache=d.cache.take(slots), tokens=d.tokens[slots], known=d.known[slots], limit=d.limit[slots],
-            stops=d.stops[slots], finished=d.finished[slots], history=rows(d.history) if plan.penalties else None,
+            d, cache=d.cache.take(slots), tokens=d.tokens[slots], start=d.start[slots], known=d.known[slots],
+            limit=d.limit[slots], stops=d.stops[slots], finished=d.finished[slots],
+            history=rows(d.history) if plan.penalties else None,
         )  # fmt: skip
         sampling = rows(state.sampling)
     table = part.cache.page_table
@@ -41,6 +43,7 @@ def taken(
         counts=jnp.zeros((B, rounds), jnp.int32),
         rounds=jnp.zeros(B, jnp.int32),
         history=part.history if plan.penalties else None,
+        logprobs=Logprobs.empty(B, max(1, rounds * width), plan.logprobs) if plan.logprobs else None,
     )
     sampling = replace(sampling, plan=plan, logit_bias=sampling.logit_bias if plan.bias else None)
     return part, None if plan.neutral else sampling, there
@@ -61,7 +64,7 @@ def put_back(
             state,
             decode=replace(
                 part, cache=cache, draft_cache=draft_cache, finished=finished, history=kept, counts=d.counts,
-                rounds=d.rounds,
+                rounds=d.rounds, logprobs=None,
             ),
         )  # fmt: skip
 

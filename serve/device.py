@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from dflash_jax.cache import DrafterCache, Recurrence, TargetCache
 from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.decoding.masks import words_of
 from dflash_jax.decoding.round import DecodeState
 from dflash_jax.decoding.sampling import History, Sampling, SamplingPlan
 
@@ -29,6 +30,7 @@ class Sizes:
     page: int  # tokens
     checkpoints: int
     settings: bool  # whether penalties and biases are possible
+    grammar: bool  # whether grammars are
 
     @property
     def room(self) -> int:
@@ -54,6 +56,7 @@ class Slots:
     decode: DecodeState
     sampling: Sampling
     checkpoints: tuple[tuple[Array, Array], ...]  # state and convolution tail of each recurrent layer, by checkpoint
+    words: UInt32[Array, "M N"] | None  # what each request's first token may be (see `TokenMask`)
 
 
 @partial(jax.jit, static_argnames=("target", "drafter", "dtype", "sizes"))
@@ -67,6 +70,7 @@ def empty(target: TargetConfig, drafter: DrafterConfig | None, dtype: Any, sizes
         cache=cache,
         draft_cache=None if drafter is None else DrafterCache.empty(drafter, *pages, dtype),
         tokens=jnp.zeros((M, sizes.room), jnp.int32),
+        start=numbers,
         known=numbers,
         limit=numbers,
         stops=jnp.full((M, STOPS), -1, jnp.int32),
@@ -78,15 +82,16 @@ def empty(target: TargetConfig, drafter: DrafterConfig | None, dtype: Any, sizes
     off, on = jnp.zeros(M), jnp.ones(M)
     sampling = Sampling(
         temperature=off, top_k=numbers, top_p=on, min_p=off, repetition_penalty=on, presence_penalty=off,
-        frequency_penalty=off, seed=numbers.astype(jnp.uint32), logit_bias=jnp.zeros((M, V)) if settings else None,
-        plan=SamplingPlan(),
+        frequency_penalty=off, min_tokens=numbers, seed=numbers.astype(jnp.uint32),
+        logit_bias=jnp.zeros((M, V)) if settings else None, plan=SamplingPlan(),
     )  # fmt: skip
     kept = (
         (_room_for(layer.state, sizes.checkpoints), _room_for(layer.conv, sizes.checkpoints))
         for layer in cache.layers
         if isinstance(layer, Recurrence)
     )
-    return Slots(decode, sampling, tuple(kept))
+    words = jnp.zeros((M, words_of(V)), jnp.uint32) if sizes.grammar else None
+    return Slots(decode, sampling, tuple(kept), words)
 
 
 def _room_for(rows: Array, count: int) -> Array:
@@ -108,6 +113,7 @@ class Admission:
     cached: Int[Array, ""]  # tokens that the pages hold already
     checkpoint: Int[Array, ""]  # of the recurrent state behind those; -1 for none
     sampling: Sampling  # of one request
+    words: UInt32[Array, " N"] | None
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -139,6 +145,7 @@ def admit(state: Slots, new: Admission) -> Slots:
         d,
         cache=cache,
         tokens=d.tokens.at[at].set(new.tokens),
+        start=d.start.at[at].set(new.prompt),
         known=d.known.at[at].set(new.known),
         limit=d.limit.at[at].set(new.limit),
         stops=d.stops.at[at].set(new.stops),
@@ -146,9 +153,9 @@ def admit(state: Slots, new: Admission) -> Slots:
         history=history,
     )
     own = replace(new.sampling, plan=state.sampling.plan)
-    return replace(
-        state, decode=decode, sampling=jax.tree.map(lambda old, one: old.at[at].set(one[0]), state.sampling, own)
-    )
+    sampling = jax.tree.map(lambda old, one: old.at[at].set(one[0]), state.sampling, own)
+    words = None if state.words is None else state.words.at[at].set(new.words)
+    return replace(state, decode=decode, sampling=sampling, words=words)
 
 
 def bytes_of(tree: Any) -> int:

@@ -2,7 +2,8 @@
 
 A step of the loop takes in what was submitted and cancelled, dispatches a chunk of prompts and some rounds of all that
 decode, and only then reads the news of the dispatch before. So the device has always something to do while the host
-turns tokens into text; and the host reads from the device once a dispatch, not once a token.
+turns tokens into text; and the host reads from the device once a dispatch, not once a token. Only requests with a
+grammar need the host in every round.
 """
 
 import queue
@@ -15,6 +16,7 @@ from dflash_jax.pair import Pair
 from serve.collect import Collector
 from serve.config import EngineConfig, resolve
 from serve.dispatch import Dispatcher, Flight
+from serve.grammar import Grammars
 from serve.pages import Pages
 from serve.prefix import PrefixCache
 from serve.programs import Programs
@@ -48,6 +50,7 @@ class Engine:
         self._flights: deque[Flight] = deque()
         self._commands: queue.SimpleQueue[tuple[str, Handle, Running | None]] = queue.SimpleQueue()
         self._requests: dict[Handle, Running] = {}
+        self._grammars = Grammars(pair)
         self._arrivals = 0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -66,7 +69,7 @@ class Engine:
         with self._lock:
             self._arrivals += 1
             order = self._arrivals
-        running = prepare(self.pair, handle, order, self.config.sizes.length, self.config.sizes.settings)
+        running = prepare(self.pair, handle, order, self.config, self._grammars)
         with self._lock:
             self.stats.submitted += 1
         self._commands.put(("submit", handle, running))
@@ -119,6 +122,8 @@ class Engine:
     def step(self) -> bool:
         """One turn of the loop; False if there was nothing to do."""
         self._take_commands(wait=False)
+        while self._flights and self._dispatcher.masked:
+            self._collect()
         flight = self._dispatcher.dispatch(more=bool(self._flights))
         if flight is not None:
             self._flights.append(flight)
@@ -140,7 +145,7 @@ class Engine:
             elif kind == "cancel" and (known := self._requests.get(handle)) is not None:
                 self._end(known, "cancelled")
 
-    def _end(self, running: Running, reason: str | None = None) -> None:
+    def _end(self, running: Running, reason: str | Exception | None = None) -> None:
         """Free what a request holds, and tell its sender. Programs in flight may still run it: nobody reads them."""
         self.scheduler.leave(running)
         del self._requests[running.handle]

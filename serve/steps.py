@@ -6,7 +6,6 @@ slots, and which pages are new; and it can dispatch the next program before it h
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,20 @@ from dflash_jax.decoding.acceptance import decide
 from dflash_jax.decoding.generate import PRODUCTS
 from dflash_jax.decoding.prefill import prefill_rows
 from dflash_jax.decoding.proposal import plain_proposal
-from dflash_jax.decoding.round import DecodeState, decode_round, emit
+from dflash_jax.decoding.round import DecodeState, decode_round, emit, mask_of
 from dflash_jax.decoding.sampling import SamplingPlan
 from serve.batch import put_back, taken
 from serve.device import LAST, RESUMED, Sizes, Slots
+from serve.news import news_row
 
-HEADER = 3  # numbers of a row of news before its counts: tokens emitted, whether it has ended, rounds
+
+def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
+    """The state with new pages in its tables: (slot, entry, page) each, a slot past the last for none."""
+    cache = state.decode.cache
+    assert cache.page_table is not None
+    slots, entries, pages = deltas.reshape(-1, 3).T
+    table = cache.page_table.at[slots, entries].set(pages, mode="drop")
+    return replace(state, decode=replace(state.decode, cache=replace(cache, page_table=table)))
 
 
 @partial(
@@ -50,11 +57,8 @@ def run_rounds(
     as soon as a request has ended, and new pages as (slot, entry of its table, page).
     """
     target, drafter = nnx.merge(graph, weights)
-    slots, (rounds, leave), deltas = order[:bucket], order[bucket : bucket + 2], order[bucket + 2 :].reshape(-1, 3)
-    cache = state.decode.cache
-    assert cache.page_table is not None
-    table = cache.page_table.at[deltas[:, 0], deltas[:, 1]].set(deltas[:, 2], mode="drop")
-    state = replace(state, decode=replace(state.decode, cache=replace(cache, page_table=table)))
+    slots, (rounds, leave), deltas = order[:bucket], order[bucket : bucket + 2], order[bucket + 2 :]
+    state = with_pages(state, deltas)
     part, sampling, there = taken(state, slots, plan, width, sizes.rounds, draft, bucket == sizes.slots)
     before, ended = part.known, part.finished
 
@@ -67,11 +71,8 @@ def run_rounds(
         return carry[0] + 1, decode_round(target, drafter if draft else None, carry[1], sampling, width)
 
     part = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), part))[1]
-    at = before[:, None] + jnp.arange(sizes.rounds * width)
-    emitted = jnp.take_along_axis(part.tokens, at, axis=1, mode="clip")
-    header = jnp.stack([part.known - before, part.finished.astype(jnp.int32), part.rounds], 1)
     state = put_back(state, part, slots, there, sizes.width, bucket == sizes.slots)
-    return state, jnp.concatenate([header, part.counts, emitted], 1)
+    return state, news_row(part, before, sizes.rounds * width)
 
 
 @partial(
@@ -89,7 +90,7 @@ def run_prefill(
     shape: tuple[int, int],
     sizes: Sizes,
     plan: SamplingPlan,
-) -> tuple[Slots, Int[Array, "P 4"]]:
+) -> tuple[Slots, Int[Array, "P n"]]:
     """The next tokens of some prompts through both models, and the first token of those that end here.
 
     `order`: slot, how many tokens, MIDDLE, LAST or RESUMED, and the checkpoint to keep the recurrent state in (past the
@@ -103,10 +104,13 @@ def run_prefill(
     cache, draft_cache, end = prefill_rows(target, drafter, rows, count, part.cache, part.draft_cache)
     part = replace(part, cache=cache, draft_cache=draft_cache, finished=there & (kind != LAST))
     anchor = jnp.take_along_axis(part.tokens, jnp.maximum(part.known - 1, 0)[:, None], axis=1)[:, 0]
-    first = decide(target.head, end[:, None], plain_proposal(anchor), part.known[:, None], sampling, part.history)
-    before = part.known
-    part = emit(part, first.emitted, jnp.where(kind == LAST, first.count, 0))
-    news = jnp.stack([part.known - before, part.finished.astype(jnp.int32), jnp.zeros_like(before), first.bonus], 1)
+    before, end = part.known, end[:, None]
+    words = None if state.words is None else state.words[slots][:, None]
+    mask = mask_of(part, sampling, before[:, None], words)
+    first = decide(target.head, end, plain_proposal(anchor), before[:, None], sampling, part.history, mask)
+    found = None if part.logprobs is None else part.logprobs.read(target.head, end, first.emitted)
+    part = emit(part, first.emitted, jnp.where(kind == LAST, first.count, 0), found)
+    news = news_row(part, before, 1)
     part = replace(part, finished=jnp.where(kind == RESUMED, False, part.finished))
     state = replace(state, checkpoints=_kept(state, cache, save))
     return put_back(state, part, slots, there, sizes.width, False), news
@@ -119,10 +123,3 @@ def _kept(state: Slots, cache: TargetCache, save: Int[Array, "P"]) -> tuple[tupl
         (states.at[save].set(layer.state, mode="drop"), tails.at[save].set(layer.conv, mode="drop"))
         for (states, tails), layer in zip(state.checkpoints, layers, strict=True)
     )
-
-
-def news_of(row: Any, rounds: int) -> tuple[list[int], list[int], bool]:
-    """From one row of news, on the host: tokens, rows accepted in each round, whether the request has ended."""
-    emitted, ended, done = row[:HEADER].tolist()
-    start = HEADER + rounds
-    return row[start : start + emitted].tolist(), row[HEADER : HEADER + done].tolist(), bool(ended)
