@@ -249,7 +249,8 @@ def _overlap(text: str, stop: str) -> int:
 class Transcript:
     """The text of one generation as its tokens arrive: complete characters, cut at the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] | str = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] | str = (), min_tokens: int = 0) -> None:
+        """In the text of the first `min_tokens` tokens no stop string is looked for."""
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise InputError(f"stop strings are texts of at least one character, not {list(stops)!r}")
@@ -258,6 +259,7 @@ class Transcript:
         self._stream = TextStream(tokenizer)
         self._stops = StopFinder(stops)
         self._has_stops = bool(stops)
+        self._free = min_tokens
 
     @property
     def stopped(self) -> bool:
@@ -270,7 +272,8 @@ class Transcript:
             return self._stops.push(self._stream.push(*tokens)), len(tokens)
         shown = []
         for i, token in enumerate(tokens):
-            shown.append(self._stops.push(self._stream.push(token)))
+            text, self._free = self._stream.push(token), self._free - 1
+            shown.append(text if self._free >= 0 else self._stops.push(text))
             if self.stopped:
                 return "".join(shown), i + 1
         return "".join(shown), len(tokens)
