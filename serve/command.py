@@ -1,0 +1,88 @@
+"""`dflash serve`."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+import dflash_jax
+from dflash_jax.errors import InputError
+from serve.api.app import create_app
+from serve.config import EngineConfig
+from serve.engine import Engine
+
+if TYPE_CHECKING:
+    from dflash_jax.cli import ServeOptions
+
+
+class Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+def serve(options: "ServeOptions") -> int:
+    """Load, compile, and answer until SIGTERM or SIGINT; the exit status.
+
+    Running requests then have `shutdown_seconds` to end; what is left is cancelled. InputError for what cannot work.
+    """
+    _check(options)
+    key = options.api_key if options.api_key is not None else os.environ.get("DFLASH_API_KEY")
+    with _bind(options.host, options.port) as sock:  # before minutes of compiling
+        pair = dflash_jax.load(options.target, options.drafter)
+        budget = None if options.memory_mib is None else options.memory_mib * 2**20
+        config = EngineConfig(
+            slots=options.slots, max_length=options.max_length, max_requests=options.max_requests,
+            memory_bytes=budget, draft=options.draft,
+        )  # fmt: skip
+        model = options.model_name or _name(options.target)
+        with Engine(pair, config) as engine:
+            app = create_app(engine, model, api_key=key or None, max_body_bytes=options.max_body_bytes)
+            settings = uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=options.shutdown_seconds
+            )
+            line = f"serving {model} at {_address(options.host, sock)}, {options.slots} requests at once"
+            # uvicorn raises a signal again when it is done.
+            for name in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(name, lambda *_: None)
+            Server(settings, lambda: print(line, flush=True)).run(sockets=[sock])
+    print("stopped", flush=True)
+    return 0
+
+
+def _check(options: "ServeOptions") -> None:
+    if not 0 <= options.port < 2**16:
+        raise InputError(f"--port is {options.port}; give 0 to {2**16 - 1}")
+    for name in ("max_requests", "max_body_bytes", "shutdown_seconds"):
+        if (value := getattr(options, name)) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")
+
+
+def _name(target: str | None) -> str:
+    return "dflash-embedded" if target is None else Path(target).resolve().name if Path(target).is_dir() else target
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot listen at {host}:{port}: {reason}; give another --host or --port") from error
+    return sock
+
+
+def _address(host: str, sock: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
