@@ -24,9 +24,7 @@ def render(tokenizer: Tokenizer, body: ChatBody) -> list[int]:
 def _plain(message: Message) -> dict[str, Any]:
     """A message as templates know it: text, and arguments as objects."""
     plain = message.model_dump(exclude_none=True)
-    plain["content"] = (
-        message.content if isinstance(message.content, str) else "".join(part.text for part in message.content or ())
-    )
+    plain["content"] = "".join(part.text for part in message.content or ())
     if message.role == "developer":  # OpenAI's new name for it; templates pass over roles that they do not know
         plain["role"] = "system"
     for call in plain.get("tool_calls", ()):

@@ -145,11 +145,16 @@ class Message(Part):
     """One message of a chat."""
 
     role: str
-    content: str | list[Text] | None = None
+    content: list[Text] | None = None  # a text is the same as one part
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _one_text_is_a_part(cls, value: Any) -> Any:
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class Signature(Part):

@@ -58,13 +58,13 @@ def refuse_unavailable(body: Body) -> None:
         asked.append("structured output (response_format)")
     if isinstance(body, ChatBody):
         if body.tool_choice not in (None, "auto", "none"):
-            asked.append("a tool_choice other than auto and none")
+            asked.append("tool_choice other than auto and none")
         if body.tools and body.parallel_tool_calls is False:
             asked.append("parallel_tool_calls: false")
         if any(tool.function.strict for tool in body.tools or ()):
             asked.append("strict functions")
     if asked:
-        raise ApiError(400, f"this server has no {', no '.join(asked)}; leave it out", code="unsupported")
+        raise ApiError(400, f"this server cannot do {', '.join(asked)}; leave it out", code="unsupported")
 
 
 def echoes(body: CompletionBody) -> bool:

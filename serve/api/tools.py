@@ -36,7 +36,8 @@ class ToolCalls:
         self._schemas = schemas
         self._held = ""  # a call so far, or the end of the text that may be the start of one
         self._space = ""  # white space before what is held: dropped if a call follows
-        self._inside = self._called = False
+        self._inside = False
+        self._called = False  # nothing but white space since a call
 
     def push(self, text: str) -> list[str | Call]:
         """What is certain now and was not before."""
@@ -56,7 +57,7 @@ class ToolCalls:
                 return found
             call = self._read(body)
             found.append(f"{self._space}{START}{body}{END}" if call is None else call)
-            self._called |= call is not None
+            self._called = call is not None
             self._held, self._inside, self._space = rest, False, ""
 
     def _text(self, text: str) -> list[str | Call]:
@@ -65,6 +66,7 @@ class ToolCalls:
         certain, self._held = text[: len(text) - size], text[len(text) - size :]
         shown = (self._space + certain).rstrip()
         self._space = (self._space + certain)[len(shown) :]
+        self._called &= not shown
         return [shown] if shown else []
 
     def flush(self) -> list[str | Call]:

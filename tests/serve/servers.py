@@ -30,7 +30,8 @@ CONFIG = EngineConfig(
 TEMPLATE = (
     r"{% for tool in tools or [] %}# {{ tool | tojson }}{{ '\n' }}{% endfor %}"
     r"{% for message in messages %}<{{ message.role }}>{{ message.content }}"
-    r"{% for call in message.tool_calls or [] %} {{ call.function.name }}({{ call.function.arguments.a + 1 }}){% endfor %}"
+    r"{% for call in message.tool_calls or [] %}"
+    r" {{ call.function.name }}({{ call.function.arguments.a + 1 }}){% endfor %}"
     r"{{ '\n' }}{% endfor %}"
     r"{% if add_generation_prompt %}<assistant{{ ' think' if enable_thinking else '' }}>{% endif %}"
 )
