@@ -3,11 +3,11 @@
 import os
 import signal
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
+from fastapi import FastAPI
 
 import dflash_jax
 from dflash_jax.errors import InputError
@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from dflash_jax.cli import ServeOptions
 
 
-class Server(uvicorn.Server):
-    """Says when it listens."""
-
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
-
-
 def serve(options: "ServeOptions") -> int:
     """Load, compile, and answer until SIGTERM or SIGINT; the exit status.
 
@@ -40,24 +28,42 @@ def serve(options: "ServeOptions") -> int:
     key = options.api_key if options.api_key is not None else os.environ.get("DFLASH_API_KEY")
     with _bind(options.host, options.port) as sock:  # before minutes of compiling
         pair = dflash_jax.load(options.target, options.drafter)
-        budget = None if options.memory_mib is None else options.memory_mib * 2**20
         config = EngineConfig(
-            slots=options.slots, max_length=options.max_length, max_requests=options.max_requests,
-            memory_bytes=budget, draft=options.draft,
-        )  # fmt: skip
+            slots=options.slots,
+            max_length=options.max_length,
+            max_requests=options.max_requests,
+            memory_bytes=None if options.memory_mib is None else options.memory_mib * 2**20,
+            draft=options.draft,
+        )
         model = options.model_name or _name(options.target)
         with Engine(pair, config) as engine:
             app = create_app(engine, model, api_key=key or None, max_body_bytes=options.max_body_bytes)
-            settings = uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_graceful_shutdown=options.shutdown_seconds
-            )
             line = f"serving {model} at {_address(options.host, sock)}, {options.slots} requests at once"
-            # uvicorn raises a signal again when it is done.
-            for name in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(name, lambda *_: None)
-            Server(settings, lambda: print(line, flush=True)).run(sockets=[sock])
+            answer(app, sock, line, options.shutdown_seconds)
     print("stopped", flush=True)
     return 0
+
+
+def answer(app: FastAPI, sock: socket.socket, line: str, seconds: int) -> None:
+    """Print `line` once it listens, and answer until a signal; requests then have some seconds to end."""
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=seconds)
+    # uvicorn raises the signal again when it is done, for whoever was there before.
+    before = {name: signal.signal(name, lambda *_: None) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _Server(config, line).run(sockets=[sock])
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, line: str):
+        super().__init__(config)
+        self._line = line
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._line, flush=True)
 
 
 def _check(options: "ServeOptions") -> None:
@@ -76,8 +82,12 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+        except OSError:
+            sock.close()
+            raise
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"cannot listen at {host}:{port}: {reason}; give another --host or --port") from error

@@ -14,7 +14,10 @@ from tests.serve import servers
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; on Debian: make browser")
+pytestmark = [
+    pytest.mark.xdist_group("http"),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; on Debian: make browser"),
+]
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync",
          "--disable-component-update"]  # fmt: skip
 
@@ -71,6 +74,7 @@ def test_a_completion(served, page, monkeypatch):
     assert heights == pytest.approx([95 * length / 6 for length in rounds])
     assert page.locator("#plot polyline").get_attribute("points").count(",") == len(rounds)
     assert page.locator("#acceptance").inner_text() == f"{sum(rounds) / len(rounds):.2f}"
+    assert page.locator("#most").inner_text() == "6"
     assert page.locator("#tokens").inner_text() == "90"
     assert float(page.locator("#rate").inner_text()) > 0
 
@@ -89,7 +93,7 @@ def test_a_chat_that_grows_and_can_be_stopped(served, page):
     page.fill("#temperature", "1.5")
     page.fill("#prompt", "more")
     page.press("#prompt", "Enter")
-    page.wait_for_function("document.querySelectorAll('.answer')[1]?.childElementCount > 3")  # it comes as it is made
+    page.wait_for_selector(".turn:nth-of-type(4) span:nth-of-type(4)", state="attached")  # it comes as it is made
     page.click("#stop")
     page.wait_for_selector("#stop:disabled")
     served.wait_idle()
@@ -109,7 +113,7 @@ def test_a_key_and_what_is_refused(served, page):
         message = page.wait_for_selector(".error").inner_text()
         assert re.search("temperature", message)
         ask(page, "x", temperature="0", max_tokens="5")
-        page.wait_for_selector(".answer span")
+        page.wait_for_selector(".answer span", state="attached")
 
 
 def test_the_page_looks_for_nothing_elsewhere(served):

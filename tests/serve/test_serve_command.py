@@ -7,11 +7,15 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from dflash_jax import cli
+from serve.command import answer
 from tests.serve import servers
 
 SERVE = [
@@ -29,17 +33,12 @@ SERVE = [
 ]
 
 
-@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
-def test_it_serves_until_a_signal(name, tmp_path):
-    """A stream that runs then comes to its end, and another that is too long is cut off; the exit status is 0."""
-    options = ["--api-key", "k", "--model-name", "small", "--shutdown-seconds", "1" if name == signal.SIGINT else "30"]
-    # Both runs compile the same programs.
-    environment = os.environ | {
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path.parent),
-    }
+@contextmanager
+def running(cache: Path, *options: str):
+    """(process, its address); it is gone afterwards, whatever happens."""
+    compiled = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     process = subprocess.Popen(
-        [*SERVE, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*SERVE, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | compiled
     )
     watchdog = threading.Timer(240, process.kill)
     watchdog.start()
@@ -47,24 +46,48 @@ def test_it_serves_until_a_signal(name, tmp_path):
         line = process.stdout.readline()
         found = re.fullmatch(r"serving small at (http://127.0.0.1:\d+), 1 requests at once\n", line)
         assert found, line + process.stderr.read()
-        body = {"model": "small", "prompt": "x", "max_tokens": 200, "stream": True, "temperature": 0}
-        headers = {"Authorization": "Bearer k"}
-        with httpx.stream("POST", f"{found[1]}/v1/completions", json=body, headers=headers, timeout=60) as response:
-            assert response.status_code == 200
-            stream = servers.events(response)
-            text = next(stream)["choices"][0]["text"]
-            process.send_signal(name)
-            last = None
-            for last in stream:
-                text += last["choices"][0]["text"]
-            assert last["choices"][0]["finish_reason"] in ("length", "stop")
-        assert len(text) > 50
-        assert process.wait(60) == 0
-        assert process.stdout.read() == "stopped\n"
+        yield process, found[1]
     finally:
         watchdog.cancel()
         process.kill()
-        process.wait()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_it_serves_until_a_signal(tmp_path):
+    """A stream that runs comes to its end; who never sends the rest of a request is waited for, but not for long."""
+    with running(tmp_path, "--model-name", "small", "--api-key", "k", "--shutdown-seconds", "4") as (process, url):
+        stuck = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        stuck.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        body = {"model": "small", "prompt": "x", "max_tokens": 60, "stream": True, "temperature": 0}
+        headers = {"Authorization": "Bearer k"}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as response:
+            assert response.status_code == 200
+            choices = (event["choices"][0] for event in servers.events(response))
+            first = next(choices)
+            process.send_signal(signal.SIGTERM)
+            rest = list(choices)
+        assert rest[-1]["finish_reason"] in ("length", "stop")
+        assert len(first["text"] + "".join(choice["text"] for choice in rest)) > 30
+        assert process.wait(60) == 0
+        assert process.stdout.read() == "stopped\n"
+        stuck.close()
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_both_signals_end_it_and_are_nobody_elses(name, capfd):
+    before = signal.getsignal(name)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        idle = socket.create_connection(sock.getsockname())
+        killer = threading.Timer(0.5, signal.raise_signal, [name])
+        killer.start()
+        answer(FastAPI(), sock, "here", seconds=5)
+        idle.close()
+    assert signal.getsignal(name) is before
+    assert capfd.readouterr() == ("here\n", "")
 
 
 def refused(capfd, *options: str) -> str:
