@@ -46,11 +46,17 @@ def serve(options: "ServeOptions") -> int:
 
 def answer(app: FastAPI, sock: socket.socket, line: str, seconds: int) -> None:
     """Print `line` once it listens, and answer until a signal; requests then have some seconds to end."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=seconds)
-    # uvicorn raises the signal again when it is done, for whoever was there before.
-    before = {name: signal.signal(name, lambda *_: None) for name in (signal.SIGTERM, signal.SIGINT)}
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=seconds
+    )
+    server = _Server(config, line)
+
+    def end(*_: object) -> None:  # uvicorn has handlers of its own, but not yet, and raises the signal again at its end
+        server.should_exit = True
+
+    before = {name: signal.signal(name, end) for name in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _Server(config, line).run(sockets=[sock])
+        server.run(sockets=[sock])
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

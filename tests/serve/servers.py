@@ -100,7 +100,7 @@ def make_app(engine: Engine, **options) -> FastAPI:
 def listening(app: FastAPI) -> Iterator[str]:
     """uvicorn in a thread; its address."""
     with socket.create_server(("127.0.0.1", 0), backlog=512) as sock:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -84,8 +84,11 @@ def test_both_signals_end_it_and_are_nobody_elses(name, capfd):
         idle = socket.create_connection(sock.getsockname())
         killer = threading.Timer(0.5, signal.raise_signal, [name])
         killer.start()
-        answer(FastAPI(), sock, "here", seconds=5)
-        idle.close()
+        try:
+            answer(FastAPI(), sock, "here", seconds=5)
+        finally:
+            killer.cancel()
+            idle.close()
     assert signal.getsignal(name) is before
     assert capfd.readouterr() == ("here\n", "")
 
