@@ -1,8 +1,11 @@
 """`dflash serve`."""
 
+import asyncio
+import math
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,8 @@ from serve.engine import Engine
 
 if TYPE_CHECKING:
     from dflash_jax.cli import ServeOptions
+
+LAST_WORDS = 2  # seconds, for answers to requests that were cancelled; then connections are cut
 
 
 def serve(options: "ServeOptions") -> int:
@@ -39,17 +44,21 @@ def serve(options: "ServeOptions") -> int:
         with Engine(pair, config) as engine:
             app = create_app(engine, model, api_key=key or None, max_body_bytes=options.max_body_bytes)
             line = f"serving {model} at {_address(options.host, sock)}, {options.slots} requests at once"
-            answer(app, sock, line, options.shutdown_seconds)
+            answer(app, sock, line, options.shutdown_seconds, app.state.cancel)
     print("stopped", flush=True)
     return 0
 
 
-def answer(app: FastAPI, sock: socket.socket, line: str, seconds: int) -> None:
-    """Print `line` once it listens, and answer until a signal; requests then have some seconds to end."""
+def answer(app: FastAPI, sock: socket.socket, line: str, seconds: float, cancel: Callable[[], None]) -> None:
+    """Print `line` once it listens, and answer until a signal; `cancel` ends what then runs for some seconds more."""
     config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=seconds
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(seconds) + LAST_WORDS,
     )
-    server = _Server(config, line)
+    server = _Server(config, line, seconds, cancel)
 
     def end(*_: object) -> None:  # uvicorn has handlers of its own, but not yet, and raises the signal again at its end
         server.should_exit = True
@@ -63,13 +72,20 @@ def answer(app: FastAPI, sock: socket.socket, line: str, seconds: int) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, line: str):
+    def __init__(self, config: uvicorn.Config, line: str, seconds: float, cancel: Callable[[], None]):
         super().__init__(config)
-        self._line = line
+        self._line, self._seconds, self._cancel = line, seconds, cancel
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._line, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._seconds, self._cancel)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 def _check(options: "ServeOptions") -> None:

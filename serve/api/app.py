@@ -1,8 +1,10 @@
 """The application: which path does what. The engine is made, started and closed by whoever makes the application."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -21,6 +23,7 @@ from serve.api.replies import EventStream, Reply, answer
 from serve.api.schemas import Body, ChatBody, CompletionBody
 from serve.api.settings import echoes, engine_requests, refuse_unavailable
 from serve.engine import Engine
+from serve.requests import Request as EngineRequest
 
 PAGE = Path(__file__).parents[1] / "web" / "index.html"
 MAX_BODY_BYTES = 8 * 2**20
@@ -33,11 +36,13 @@ B = TypeVar("B", bound=Body)
 def create_app(
     engine: Engine, model: str, *, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
 ) -> FastAPI:
-    """Serve `engine`, which has been started, under the name `model`."""
+    """Serve `engine`, which has been started, under the name `model`; `app.state.cancel` ends all that runs."""
     app = FastAPI(title="dflash", version=__version__, openapi_url=None)  # OpenAI's documentation is the documentation
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
     errors.install(app)
-    _Routes(engine, model).add_to(app)
+    routes = _Routes(engine, model)
+    routes.add_to(app)
+    app.state.cancel = routes.cancel
     return app
 
 
@@ -66,6 +71,7 @@ class _Routes:
         self.registry = make_registry(engine)
         self.latencies = Latencies(self.registry)
         self.page = PAGE.read_text(encoding="utf-8")
+        self._calls: WeakSet[Call] = WeakSet()  # those that may still run
 
     def add_to(self, app: FastAPI) -> None:
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
@@ -76,19 +82,28 @@ class _Routes:
         app.add_api_route("/metrics", self.metrics)
         app.add_api_route("/", self.index)
 
+    def cancel(self) -> None:
+        """End every request; those who wait are told that the server stops."""
+        for call in list(self._calls):
+            call.close()
+
+    async def _start(self, make: Callable[[], list[EngineRequest]]) -> Call:
+        call = Call(self.engine, self.latencies)
+        self._calls.add(call)
+        await call.start(make)
+        return call
+
     async def chat(self, http: Request) -> Response:
         body = await _read(http, ChatBody, self.model)
         engine, tokenizer = self.engine, self.engine.pair.tokenizer
-        call = await Call.start(
-            engine, self.latencies, lambda: engine_requests(body, [render(tokenizer, body)], engine.config)
-        )
+        call = await self._start(lambda: engine_requests(body, [render(tokenizer, body)], engine.config))
         return await self._answer(http, body, call, ChatReply(self.model, body, tokenizer))
 
     async def complete(self, http: Request) -> Response:
         body = await _read(http, CompletionBody, self.model)
         engine, tokenizer, prompts = self.engine, self.engine.pair.tokenizer, body.prompts
         echo = echoes(body)
-        call = await Call.start(engine, self.latencies, lambda: engine_requests(body, prompts, engine.config))
+        call = await self._start(lambda: engine_requests(body, prompts, engine.config))
         before = [_text(tokenizer, prompt) if echo else "" for prompt in prompts]
         reply = CompletionReply(self.model, body.n or 1, tokenizer, before, bool(body.dflash))
         return await self._answer(http, body, call, reply)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Self
+from typing import Any
 
 from fastapi import Request as HttpRequest
 
@@ -29,16 +29,13 @@ class Call:
         self._loop = asyncio.get_running_loop()
         self._closed = False
 
-    @classmethod
-    async def start(cls, engine: Engine, latencies: Latencies, make: Callable[[], list[Request]]) -> Self:
+    async def start(self, make: Callable[[], list[Request]]) -> None:
         """Submit what `make` gives, which runs in a thread. Raises what it and `submit` raise; nothing is left then."""
-        call = cls(engine, latencies)
         try:
-            await asyncio.to_thread(call._submit, make)
+            await asyncio.to_thread(self._submit, make)
         except BaseException:
-            call.close()
+            self.close()
             raise
-        return call
 
     def _submit(self, make: Callable[[], list[Request]]) -> None:
         for index, request in enumerate(make()):

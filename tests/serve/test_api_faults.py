@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve import command
 from serve.requests import Request
 from tests.serve import servers
 from tests.serve.servers import MODEL
@@ -227,6 +229,37 @@ def test_a_full_queue_says_when_to_come_again(served, client, monkeypatch):
     waiting[1].cancel()
     served.wait_idle()
     assert client.post("/v1/completions", json=OK | {"n": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_is_still_served_at_the_end_is_told(served, capfd, stream):
+    """The server is stopped in the middle of much work."""
+    served.wait_idle()
+    app = servers.make_app(served.engine)
+
+    def ask(url: str) -> tuple[int, str]:
+        body = OK | {"max_tokens": 480, "n": 40, "stream": stream, "temperature": 1.5}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            return response.status_code, [line for line in response.iter_lines() if line][-1]
+
+    def stop() -> None:
+        until = time.monotonic() + 30
+        while served.engine.stats.unfinished < 40 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)
+
+    with socket.create_server(("127.0.0.1", 0)) as sock, ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(ask, f"http://127.0.0.1:{sock.getsockname()[1]}")
+        stopped = pool.submit(stop)
+        command.answer(app, sock, "here", 0.1, app.state.cancel)
+        stopped.result()
+        status, line = asked.result()
+    error = json.loads(line.removeprefix("data: "))["error"]
+    assert status == (200 if stream else 503)
+    assert (error["code"], error["type"]) == ("stopped", "server_error")
+    assert capfd.readouterr() == ("here\n", "")
+    served.wait_idle()
 
 
 @pytest.mark.parametrize("stream", [True, False])

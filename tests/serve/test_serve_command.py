@@ -85,7 +85,7 @@ def test_both_signals_end_it_and_are_nobody_elses(name, capfd):
         killer = threading.Timer(0.5, signal.raise_signal, [name])
         killer.start()
         try:
-            answer(FastAPI(), sock, "here", seconds=5)
+            answer(FastAPI(), sock, "here", seconds=5, cancel=lambda: None)
         finally:
             killer.cancel()
             idle.close()
