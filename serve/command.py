@@ -1,6 +1,7 @@
 """`dflash serve`."""
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -33,6 +34,9 @@ def serve(options: "ServeOptions") -> int:
     key = options.api_key if options.api_key is not None else os.environ.get("DFLASH_API_KEY")
     with _bind(options.host, options.port) as sock:  # before minutes of compiling
         pair = dflash_jax.load(options.target, options.drafter)
+        if pair.tokenizer.can_chat:
+            with contextlib.suppress(InputError):  # whoever chats will be told
+                pair.tokenizer.render([{"role": "user", "content": ""}])  # imports transformers, which takes seconds
         config = EngineConfig(
             slots=options.slots,
             max_length=options.max_length,

@@ -96,14 +96,14 @@ class _Routes:
     async def chat(self, http: Request) -> Response:
         body = await _read(http, ChatBody, self.model)
         engine, tokenizer = self.engine, self.engine.pair.tokenizer
-        call = await self._start(lambda: engine_requests(body, [render(tokenizer, body)], engine.config))
+        call = await self._start(lambda: engine_requests(body, [render(tokenizer, body)], engine))
         return await self._answer(http, body, call, ChatReply(self.model, body, tokenizer))
 
     async def complete(self, http: Request) -> Response:
         body = await _read(http, CompletionBody, self.model)
         engine, tokenizer, prompts = self.engine, self.engine.pair.tokenizer, body.prompts
         echo = echoes(body)
-        call = await self._start(lambda: engine_requests(body, prompts, engine.config))
+        call = await self._start(lambda: engine_requests(body, prompts, engine))
         before = [_text(tokenizer, prompt) if echo else "" for prompt in prompts]
         reply = CompletionReply(self.model, body.n or 1, tokenizer, before, bool(body.dflash))
         return await self._answer(http, body, call, reply)

@@ -11,6 +11,7 @@ HARMLESS = {
 }  # fmt: skip
 MOST_STOPS, LONGEST_STOP = 16, 256  # each token of the output is searched for all of them
 MOST_CHOICES = 128
+MOST_BIASES = 1024  # each is looked at in Python, while others wait
 
 
 class Part(BaseModel):
@@ -43,10 +44,10 @@ class Body(Part):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=MOST_BIASES)
     seed: int | None = None
     stop: list[str] | None = Field(None, max_length=MOST_STOPS)
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MOST_BIASES)
     dflash: bool | None = None  # ours: which tokens were drafted, and how many were accepted in each round
     # Understood and not available; see `settings.refuse_unavailable`.
     logprobs: Any = None

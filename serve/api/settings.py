@@ -7,18 +7,19 @@ from dflash_jax.errors import InputError
 from dflash_jax.text import Prompt
 from serve.api.errors import ApiError
 from serve.api.schemas import Body, ChatBody, CompletionBody
-from serve.config import Resolved
+from serve.engine import Engine
 from serve.requests import Request
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on to the end
 SEEDS = 2**32
 
 
-def engine_requests(body: Body, prompts: Sequence[Prompt], config: Resolved) -> list[Request]:
+def engine_requests(body: Body, prompts: Sequence[Prompt], engine: Engine) -> list[Request]:
     """`n` for each prompt, in their order. Choice i has the seed + i; without a seed, each prompt has one by chance.
 
-    InputError for more than the engine ever takes.
+    InputError for prompts that cannot be, and for more than the engine ever takes.
     """
+    config, tokenizer = engine.config, engine.pair.tokenizer
     count, longest = len(prompts) * (body.n or 1), config.sizes.length
     if count > config.max_requests:
         raise InputError(
@@ -35,8 +36,9 @@ def engine_requests(body: Body, prompts: Sequence[Prompt], config: Resolved) -> 
             settings[name] = value
     requests = []
     for prompt in prompts:
+        ids = tokenizer.encode(prompt)  # once for all choices
         first = secrets.randbelow(SEEDS) if body.seed is None else body.seed
-        requests += [Request(prompt, seed=(first + i) % SEEDS, **settings) for i in range(body.n or 1)]
+        requests += [Request(ids, seed=(first + i) % SEEDS, **settings) for i in range(body.n or 1)]
     return requests
 
 

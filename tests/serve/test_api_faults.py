@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import dflash_jax
 from serve import command
 from serve.requests import Request
 from tests.serve import servers
@@ -93,6 +94,7 @@ def test_bodies_that_are_no_json(client, content, headers, status, message):
         ({"stop": ""}, "stop strings have 1 to 256"),
         ({"logit_bias": {"a": 1}}, "keys are token ids"),
         ({"logit_bias": {"5000": 1}}, "names token 5000"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias: .* at most 1024"),
         ({"suffix": "end"}, "suffix"),
         ({"mirostat": 2, "typical_p": 0.5}, "does not know mirostat, typical_p"),
         ({"stop_token_ids": list(range(100))}, "stop ids"),
@@ -337,9 +339,9 @@ def test_an_engine_that_has_failed(served, client, monkeypatch):
     assert response.status_code == 503
     assert "start the server again" in error_of(response)["message"]
     monkeypatch.undo()
-    assert client.get("/health").json() == {"status": "ok", "model": MODEL, "version": "0.1.0", "requests": 0} | {
-        "version": client.get("/health").json()["version"]
-    }
+    served.wait_idle()
+    expected = {"status": "ok", "model": MODEL, "version": dflash_jax.__version__, "requests": 0}
+    assert client.get("/health").json() == expected
 
 
 @pytest.mark.parametrize("stream", [True, False])
