@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,6 +67,27 @@ class PlanOptions:
     json: bool = option(False, "print one JSON object and nothing else")
 
 
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """Serve a pair over HTTP, as OpenAI's API does, until SIGTERM or SIGINT. A page to try it is at /."""
+
+    target: str | None = option(None, "checkpoint folder or hub name; the embedded pair if left out", metavar="DIR")
+    drafter: str | None = option(None, "DFlash drafter made for the target", metavar="DIR")
+    host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 is all", metavar="ADDRESS")
+    port: int = option(8000, "port to listen at; 0 takes any that is free", metavar="N")
+    model_name: str | None = option(None, "what requests call the model; the target folder's name", metavar="NAME")
+    api_key: str | None = option(None, "asked for under /v1/; $DFLASH_API_KEY if left out", metavar="KEY")
+    max_body_bytes: int = option(8 * 2**20, "longest body of a request", metavar="N")
+    slots: int = option(16, "requests that run at once", metavar="N")
+    max_length: int | None = option(None, "tokens of a request, prompt and output; the model's positions", metavar="N")
+    max_requests: int = option(4096, "requests that wait or run; more are told to come again", metavar="N")
+    memory_mib: int | None = option(
+        None, "memory for weights, caches and state; as much as the slots need", metavar="N"
+    )
+    draft: bool = option(True, "decode plainly, without the drafter")
+    shutdown_seconds: int = option(10, "how long running requests may go on at the end", metavar="N")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 2 for input that cannot work, 130 when interrupted."""
     try:
@@ -75,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(values.train)
         if values.subcommand == "plan":
             return _plan(read_options(PlanOptions, values.plan))
+        if values.subcommand == "serve":
+            return _serve(read_options(ServeOptions, values.serve))
         return _generate(read_options(GenerateOptions, values.generate))
     except InputError as error:
         _report(str(error))
@@ -101,6 +124,7 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("generate", parser_for(GenerateOptions, "dflash generate"), help="complete a prompt")
+    commands.add_subcommand("serve", parser_for(ServeOptions, "dflash serve"), help="answer requests over HTTP")
     commands.add_subcommand("plan", parser_for(PlanOptions, "dflash plan"), help="compile for accelerators by name")
     commands.add_subcommand("train", _train_parser(), help="train a drafter from a configuration file")
     return parser
@@ -129,7 +153,7 @@ def _train_parser() -> ArgumentParser:
 
 def _command(argv: Sequence[str] | None) -> str:
     given = sys.argv[1:] if argv is None else argv
-    return given[0] if given and given[0] in ("generate", "plan", "train") else "generate"
+    return given[0] if given and given[0] in ("generate", "serve", "plan", "train") else "generate"
 
 
 def _readable(message: str) -> str:
@@ -198,6 +222,14 @@ def _train(values: Any) -> int:
     return train(values.what, values.config, values.changes, check=values.check)
 
 
+def _serve(options: ServeOptions) -> int:
+    try:
+        from serve.command import serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs the package {error.name}; pip install 'dflash-jax[serve]'") from error
+    return serve(options)
+
+
 def _plan(options: PlanOptions) -> int:
     from dflash_jax.topology import parse_topology, prepare, require_compiler
 
@@ -254,6 +286,7 @@ def _stream(pair: Any, prompt: Any, settings: dict[str, Any], screen: "Screen | 
     first round, and both may have to be compiled.
     """
     import dflash_jax
+    from dflash_jax.spans import Spans
 
     pieces = dflash_jax.stream(pair, prompt, **settings)
     spans = Spans(pair.tokenizer)
@@ -350,34 +383,6 @@ class Screen:
             f"outputs are {'identical' if facts['identical'] else 'NOT identical'}",
             file=self.file,
         )
-
-
-class Spans:
-    """Cuts the text of pieces into runs by the tokens they came from.
-
-    A piece's text may lag behind its tokens (half a character, the possible start of a stop string), so what the tokens
-    said is kept until the pieces' text has caught up.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        from dflash_jax.text import TextStream
-
-        self._stream = TextStream(tokenizer)
-        self._ahead: list[tuple[int, bool]] = []  # (characters, drafted) not shown yet
-
-    def split(self, piece: Any) -> Iterator[tuple[str, bool]]:
-        """(text, drafted) runs that make up the piece's text."""
-        for token, drafted in zip(piece.tokens, piece.drafted, strict=True):
-            self._ahead.append((len(self._stream.push(token)), drafted))
-        text = piece.text
-        while text and self._ahead:
-            size, drafted = self._ahead.pop(0)
-            if size > len(text):
-                self._ahead.insert(0, (size - len(text), drafted))
-            yield text[:size], drafted
-            text = text[size:]
-        if text:  # the unfinished character at the end of a generation
-            yield text, False
 
 
 if __name__ == "__main__":

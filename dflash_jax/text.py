@@ -112,6 +112,11 @@ class Tokenizer:
     def _templates(self) -> Any:
         return _transformers_tokenizer(self.folder)
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether the folder has a chat template."""
+        return _has_chat_template(self.folder)
+
     def render(self, messages: Sequence[Mapping[str, Any]], *, ask: bool = True, **options: Any) -> str:
         """Chat messages as the template writes them, with `ask` up to where the model's reply begins.
 
@@ -120,7 +125,7 @@ class Tokenizer:
         for message in messages:
             if not {"role", "content"} <= message.keys():
                 raise InputError(f"a chat message needs `role` and `content`; this one has {sorted(map(str, message))}")
-        if not _has_chat_template(self.folder):
+        if not self.can_chat:
             raise InputError(
                 f"{self.folder} has no chat template, so chat messages cannot be used; give the prompt as text"
             )

@@ -57,11 +57,16 @@ class Engine:
         self._closed = False
         self._error: Exception | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken: False once it is closed, or has failed."""
+        return not self._closed and self._error is None
+
     # What senders call, from any thread.
 
     def submit(self, request: Request, deliver: Callable[[Event], None] | None = None) -> Handle:
         """Queue a request. InputError for one that cannot be served, `Busy` while too many wait."""
-        if self._closed or self._error is not None:
+        if not self.alive:
             raise RuntimeError(f"the engine is closed{f': {self._error}' if self._error else ''}")
         if self.stats.unfinished >= self.config.max_requests:
             raise Busy(f"{self.config.max_requests} requests are here already; try again later")

@@ -1,0 +1,42 @@
+"""/v1/completions: prompts as they are."""
+
+from typing import Any
+
+from dflash_jax.decoding.output import Generation, Piece
+from dflash_jax.text import Tokenizer
+from serve.api.drafts import Drafts, whole
+from serve.api.replies import Choice, Reply
+
+
+class CompletionReply(Reply):
+    """OpenAI's text completions."""
+
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, model: str, choices: int, tokenizer: Tokenizer, echo: list[str], drafts: bool):
+        """`echo`: the text before each prompt's completions. `drafts`: tell of them."""
+        super().__init__(model, choices)
+        self._tokenizer, self._echo = tokenizer, echo
+        self._drafts = [Drafts(tokenizer) for _ in range(choices * len(echo))] if drafts else None
+
+    def _choice(self, index: int, text: str, reason: str | None, dflash: dict[str, Any] | None) -> Choice:
+        more = {} if dflash is None else {"dflash": dflash}
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason, **more}
+
+    def begin(self, index: int) -> list[Choice]:
+        before = self._echo[index // self.choices]
+        return [self._choice(index, before, None, None)] if before else []
+
+    def piece(self, index: int, piece: Piece) -> list[Choice]:
+        dflash = self._drafts[index].follow(piece) if self._drafts else None
+        return [self._choice(index, piece.text, None, dflash)] if piece.text or dflash else []
+
+    def end(self, index: int, generation: Generation) -> list[Choice]:
+        dflash = self._drafts[index].rest() if self._drafts else None
+        return [self._choice(index, "", generation.finish_reason, dflash)]
+
+    def whole(self, index: int, pieces: list[Piece], generation: Generation) -> Choice:
+        dflash = whole(self._tokenizer, pieces) if self._drafts else None
+        text = self._echo[index // self.choices] + generation.text
+        return self._choice(index, text, generation.finish_reason, dflash)
