@@ -85,6 +85,10 @@ class ServeOptions:
         None, "memory for weights, caches and state; as much as the slots need", metavar="N"
     )
     draft: bool = option(True, "decode plainly, without the drafter")
+    logprobs: int = option(
+        20, "most likely tokens that a request may ask to be named; 0: none, a faster start", metavar="N"
+    )
+    grammar: bool = option(True, "no structured output: a faster start")
     shutdown_seconds: int = option(10, "how long running requests may go on at the end", metavar="N")
 
 

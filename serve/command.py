@@ -43,6 +43,8 @@ def serve(options: "ServeOptions") -> int:
             max_requests=options.max_requests,
             memory_bytes=None if options.memory_mib is None else options.memory_mib * 2**20,
             draft=options.draft,
+            logprobs=options.logprobs,
+            grammar=options.grammar,
         )
         model = options.model_name or _name(options.target)
         with Engine(pair, config) as engine:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 KINDS = ("json_schema", "regex", "lark")
+# Enough to indent; small models that may write any amount of white space write nothing else for ever.
+JSON_STYLE = {"whitespace_pattern": r"[ ]|\n[ \t]{0,16}"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _source(grammar: Grammar) -> str:
             json.loads(grammar.text)
         except ValueError as error:
             raise InputError(f"the JSON schema is not JSON: {error}; correct it") from error
-        return LLMatcher.grammar_from_json_schema(grammar.text)
+        return LLMatcher.grammar_from_json_schema(grammar.text, defaults=JSON_STYLE)
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     return LLMatcher.grammar_from_lark(grammar.text)

@@ -7,6 +7,7 @@ from typing import Any
 from dflash_jax.decoding.output import Generation, Piece
 from dflash_jax.text import Tokenizer
 from serve.api.drafts import Drafts, whole
+from serve.api.probabilities import chat_logprobs, joined
 from serve.api.replies import Choice, Reply
 from serve.api.schemas import ChatBody, Message
 from serve.api.tools import Call, ToolCalls
@@ -66,6 +67,9 @@ class ChatReply(Reply):
     def piece(self, index: int, piece: Piece) -> list[Choice]:
         text: list[str | Call] = [piece.text]
         choices = self._deltas(index, text if self._parsers is None else self._parsers[index].push(piece.text))
+        if (found := chat_logprobs(self._tokenizer, piece)) is not None:
+            choices = choices or [self._delta(index, {"content": ""})]
+            choices[-1]["logprobs"] = found
         if self._drafts:  # of the text as the model wrote it, tool calls and all
             choices.append(self._delta(index, {}, dflash=self._drafts[index].follow(piece)))
         return choices
@@ -96,7 +100,8 @@ class ChatReply(Reply):
             message["tool_calls"] = calls
         more = {"dflash": whole(self._tokenizer, pieces)} if self._drafts else {}
         reason = _reason(generation, len(calls))
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason, **more}
+        likely = joined([chat_logprobs(self._tokenizer, piece) for piece in pieces])
+        return {"index": index, "message": message, "logprobs": likely, "finish_reason": reason, **more}
 
 
 def _reason(generation: Generation, calls: int) -> str:

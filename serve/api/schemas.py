@@ -49,12 +49,9 @@ class Body(Part):
     stop: list[str] | None = Field(None, max_length=MOST_STOPS)
     stop_token_ids: list[int] | None = Field(None, max_length=MOST_BIASES)
     dflash: bool | None = None  # ours: which tokens were drafted, and how many were accepted in each round
-    # Understood and not available; see `settings.refuse_unavailable`.
-    logprobs: Any = None
-    top_logprobs: Any = None
-    min_tokens: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
+    min_tokens: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None  # {"json" | "regex" | "grammar" (Lark) | "choice": ...}
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -91,6 +88,7 @@ class CompletionBody(Body):
     """/v1/completions. `prompt` is a text, token ids, or a list of either."""
 
     prompt: Any
+    logprobs: int | None = None  # how many likely tokens to name beside each
     echo: bool | None = None
     suffix: None = None
     best_of: int | None = None
@@ -178,12 +176,20 @@ class ChatBody(Body):
     """/v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     max_completion_tokens: int | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # as enable_thinking, for the template
+
+    @model_validator(mode="after")
+    def _likely_tokens_with_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs was given without logprobs: true; leave it out or give both")
+        return self
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dflash_jax.errors import InputError
 from dflash_jax.text import Prompt
 from serve.api.errors import ApiError
+from serve.api.grammars import grammar_of
 from serve.api.schemas import Body, ChatBody, CompletionBody
 from serve.engine import Engine
 from serve.requests import Request
@@ -30,6 +31,9 @@ def engine_requests(body: Body, prompts: Sequence[Prompt], engine: Engine) -> li
         "logit_bias": {int(k): v for k, v in body.logit_bias.items()} if body.logit_bias else None,
         "stop": (*(body.stop or ()), *(body.stop_token_ids or ())),
         "max_new_tokens": _most_tokens(body, longest),
+        "min_tokens": body.min_tokens or 0,
+        "logprobs": _likely_tokens(body),
+        "grammar": grammar_of(body.response_format, body.structured_outputs),
     }
     for name in ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         if (value := getattr(body, name)) is not None:
@@ -49,15 +53,16 @@ def _most_tokens(body: Body, longest: int) -> int:
     return COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
 
 
+def _likely_tokens(body: Body) -> int | None:
+    """How many are to be named beside each token; None: no log-probabilities."""
+    if isinstance(body, ChatBody):
+        return (body.top_logprobs or 0) if body.logprobs else None
+    return body.logprobs if isinstance(body, CompletionBody) else None
+
+
 def refuse_unavailable(body: Body) -> None:
     """ApiError for what OpenAI's servers know and this one does not do."""
     asked = []
-    if body.logprobs not in (None, False) or body.top_logprobs is not None:
-        asked.append("logprobs")
-    if body.min_tokens not in (None, 0):
-        asked.append("min_tokens")
-    if body.structured_outputs is not None or body.response_format not in (None, {"type": "text"}):
-        asked.append("structured output (response_format)")
     if isinstance(body, ChatBody):
         if body.tool_choice not in (None, "auto", "none"):
             asked.append("tool_choice other than auto and none")

@@ -25,7 +25,7 @@ from tests.serve import engines
 MODEL = "tiny"
 CONFIG = EngineConfig(
     slots=4, buckets=(4,), max_length=512, widths=(1, 6), adaptive=False, rounds=4, prefill=((2, 64),),
-    plans=(GREEDY, EVERYTHING),
+    plans=(GREEDY, EVERYTHING), logprobs=5,
 )  # fmt: skip
 TEMPLATE = (
     r"{% for tool in tools or [] %}# {{ tool | tojson }}{{ '\n' }}{% endfor %}"

@@ -98,8 +98,13 @@ def test_bodies_that_are_no_json(client, content, headers, status, message):
         ({"suffix": "end"}, "suffix"),
         ({"mirostat": 2, "typical_p": 0.5}, "does not know mirostat, typical_p"),
         ({"stop_token_ids": list(range(100))}, "stop ids"),
-        ({"logprobs": 3}, "cannot do logprobs;"),
-        ({"min_tokens": 3}, "cannot do min_tokens;"),
+        ({"logprobs": 6}, "logprobs is 6; this engine names at most 5"),
+        ({"logprobs": -1}, "logprobs is -1"),
+        ({"min_tokens": -3}, "min_tokens"),
+        ({"min_tokens": 30, "max_tokens": 3}, "min_tokens is 30, and max_new_tokens 3"),
+        ({"structured_outputs": {"regex": "(", }}, "grammar .regex. cannot be used"),
+        ({"structured_outputs": {"regex": "a", "json": "{}"}}, "has json, regex; give just one of"),
+        ({"structured_outputs": {"choice": []}}, "no list of texts"),
     ],
 )  # fmt: skip
 def test_completions_that_cannot_be(client, changes, message):
@@ -123,7 +128,10 @@ def test_completions_that_cannot_be(client, changes, message):
         ({"tools": [{"type": "magic"}]}, "tools.0.type"),
         ({"tools": [TOOL]}, "cannot do strict functions;"),
         ({"tool_choice": "required"}, "cannot do tool_choice other than"),
-        ({"response_format": {"type": "json_object"}, "logprobs": True}, "cannot do logprobs, structured output"),
+        ({"top_logprobs": 2}, "without logprobs: true"),
+        ({"response_format": {"type": "yaml"}}, "has the type 'yaml'; give one of text, json_object"),
+        ({"response_format": {"type": "json_schema"}}, "has no json_schema.schema"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "both given"),
     ],
 )  # fmt: skip
 def test_chats_that_cannot_be(client, changes, message):
