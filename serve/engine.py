@@ -57,6 +57,7 @@ class Engine:
         prefix = PrefixCache(pages, c.sizes.page, recurrent) if c.prefix_cache else None
         self.scheduler = Scheduler(c.sizes.slots, c.sizes.page, c.sizes.rounds * c.sizes.width, pages, prefix)
         self.controller = WidthController(c.widths)
+        self.controller.fixed = None if c.adaptive else c.widths[-1]
         self.programs.warm_up(self.controller)
         self.stats = Stats()
         self._flights: deque[Flight] = deque()
@@ -209,8 +210,8 @@ class Engine:
         load, filling = (settings, bucket), any(r.waits_for_prefill for r in self.scheduler.running)
         rounds = c.rounds_while_filling if filling else c.sizes.rounds
         share = sum(self._can_draft(r) for r in rows) / len(rows)
-        width, trial = self.controller.choose(load, share) if c.adaptive else (c.widths[-1] if share else 1, False)
-        plain = width == 1 and (share == 0 or not c.adaptive or self.controller.settled(load))
+        width, trial = self.controller.choose(load, share)
+        plain = width == 1 and (share == 0 or self.controller.settled(load))
         draft = self.pair.drafter is not None and len(c.widths) > 1 and not plain
         return Plan(
             bucket, settings, width, draft, min(rounds, 2) if trial else rounds, bool(self.scheduler.waiting), load
