@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = _parser().parse_args(_flags_first(argv))
         if values.subcommand == "train":
             return _train(values.train)
+        if values.subcommand == "bench":
+            return _bench(values.bench)
         if values.subcommand == "plan":
             return _plan(read_options(PlanOptions, values.plan))
         if values.subcommand == "serve":
@@ -130,6 +132,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("generate", parser_for(GenerateOptions, "dflash generate"), help="complete a prompt")
     commands.add_subcommand("serve", parser_for(ServeOptions, "dflash serve"), help="answer requests over HTTP")
     commands.add_subcommand("plan", parser_for(PlanOptions, "dflash plan"), help="compile for accelerators by name")
+    commands.add_subcommand("bench", _bench_parser(), help="measure an engine under load")
     commands.add_subcommand("train", _train_parser(), help="train a drafter from a configuration file")
     return parser
 
@@ -155,9 +158,17 @@ def _train_parser() -> ArgumentParser:
     return parser
 
 
+def _bench_parser() -> ArgumentParser:
+    from serve.bench.options import BenchOptions
+
+    parser = parser_for(BenchOptions, "dflash bench")
+    parser.add_argument("what", choices=("serve",), help="serve: the engine that serves requests")
+    return parser
+
+
 def _command(argv: Sequence[str] | None) -> str:
     given = sys.argv[1:] if argv is None else argv
-    return given[0] if given and given[0] in ("generate", "serve", "plan", "train") else "generate"
+    return given[0] if given and given[0] in ("generate", "serve", "plan", "train", "bench") else "generate"
 
 
 def _readable(message: str) -> str:
@@ -232,6 +243,13 @@ def _serve(options: ServeOptions) -> int:
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs the package {error.name}; pip install 'dflash-jax[serve]'") from error
     return serve(options)
+
+
+def _bench(values: Any) -> int:
+    from serve.bench.command import bench
+    from serve.bench.options import BenchOptions
+
+    return bench(read_options(BenchOptions, values))
 
 
 def _plan(options: PlanOptions) -> int:

@@ -136,8 +136,8 @@ class Dispatcher:
         load, others = (settings, bucket), any(r.waits_for_prefill or r.matcher is not None for r in running)
         rounds = c.rounds_while_filling if others else c.sizes.rounds
         share = sum(self._can_draft(r) for r in rows) / len(rows)
-        width, trial = self.controller.choose(load, share) if c.adaptive else (c.widths[-1] if share else 1, False)
-        plain = width == 1 and (share == 0 or not c.adaptive or self.controller.settled(load))
+        width, trial = self.controller.choose(load, share)
+        plain = width == 1 and (share == 0 or self.controller.settled(load))
         rounds, leave = min(rounds, 2) if trial else rounds, bool(self.scheduler.waiting)
         plan = Plan(bucket, settings, width, self._drafts and not plain, rounds, leave, load)
         return plan, plan.of(rounds=1)

@@ -43,6 +43,7 @@ class Engine:
         prefix = PrefixCache(pages, c.sizes.page, recurrent) if c.prefix_cache else None
         self.scheduler = Scheduler(c.sizes.slots, c.sizes.page, c.sizes.rounds * c.sizes.width, pages, prefix)
         self.controller = WidthController(c.widths)
+        self.controller.fixed = None if c.adaptive else c.widths[-1]
         self.programs.warm_up(self.controller)
         self.stats = Stats()
         self._dispatcher = Dispatcher(c, self.scheduler, self.programs, self.controller, self.stats)
