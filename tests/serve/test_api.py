@@ -9,7 +9,6 @@ from serve.requests import Request
 from tests.serve import servers
 from tests.serve.servers import MODEL, say
 
-pytestmark = pytest.mark.xdist_group("http")  # one engine for all
 PROMPT = "def fibonacci(n):"
 MESSAGES = [{"role": "system", "content": "Write Python."}, {"role": "user", "content": "import os"}]
 ADD = {

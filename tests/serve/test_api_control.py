@@ -11,7 +11,6 @@ import pytest
 from serve.requests import Request
 from tests.serve.servers import MODEL
 
-pytestmark = pytest.mark.xdist_group("http")  # one engine for all
 PROMPT = "def fibonacci(n):"
 MESSAGES = [{"role": "user", "content": "import os"}]
 

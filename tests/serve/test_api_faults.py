@@ -20,7 +20,6 @@ from serve.requests import Request
 from tests.serve import servers
 from tests.serve.servers import MODEL
 
-pytestmark = pytest.mark.xdist_group("http")
 OK = {"model": MODEL, "prompt": "x", "max_tokens": 3, "temperature": 0}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "temperature": 0}
 TOOL = {"type": "function", "function": {"name": "f", "strict": True}}

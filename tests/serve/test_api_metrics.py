@@ -6,8 +6,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.servers import MODEL
 
-pytestmark = pytest.mark.xdist_group("http")
-
 
 def read(served) -> dict[tuple, float]:
     response = httpx.get(f"{served.url}/metrics")

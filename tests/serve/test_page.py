@@ -15,7 +15,6 @@ from tests.serve import servers
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
-    pytest.mark.xdist_group("http"),
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; on Debian: make browser"),
 ]
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync",
