@@ -8,7 +8,7 @@ JOBS ?= 2
 # The torch models that tests compare with are tiny: more threads make them slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-short lint format bench bench-torch aot plan-docs embedded clean
+.PHONY: help demo test test-short browser lint format bench bench-torch aot plan-docs recipe-docs embedded clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
 
@@ -16,7 +16,11 @@ demo: $(VENV)/.installed  ## complete held-out Python code with the embedded pai
 	@$(BIN)/python -m benchmarks.demo
 
 test: $(VENV)/.installed-test  ## the whole test suite
-	$(BIN)/python -m pytest -n $(JOBS) tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+
+browser:  ## Chromium for the test of the server's page, from Debian's packages, as root; without it the test is skipped
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium; } || \
+		echo "browser: Chromium cannot be installed here"
 
 lint: $(VENV)/.installed-lint  ## format, lint and types
 	$(BIN)/ruff format --check .

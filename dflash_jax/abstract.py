@@ -120,6 +120,7 @@ def empty_state(
         cache=TargetCache.empty(target, batch, room, width, DTYPE),
         draft_cache=None if drafter is None else DrafterCache.empty(drafter, batch, room, DTYPE),
         tokens=jnp.zeros((batch, room), jnp.int32),
+        start=numbers,
         known=numbers,
         limit=numbers,
         stops=jnp.zeros((batch, STOPS), jnp.int32),

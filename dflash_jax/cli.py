@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from jsonargparse import ArgumentParser
@@ -52,7 +53,10 @@ class PlanOptions:
 
     target: str | None = option(None, "the target's config.json, or a folder with one", metavar="PATH")
     drafter: str | None = option(None, "the drafter's config.json, or a folder with one", metavar="PATH")
-    topology: str = option("tpu7x:2x2x2", "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2, h100:8")
+    topology: str | None = option(
+        None, "chip and shape: v5e:2x2, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2 (if left out), h100:8"
+    )
+    recipe: str | None = option(None, "plan a step of this training run, on the pod that it names", metavar="FILE")
     mesh: str = option("", "sizes of data, fsdp, expert, tensor, as in expert=4,tensor=4; all on tensor if left out")
     program: str = option("round", "round, plain (one token at a time), prefill, or train (a step of the trainer)")
     batch: int = option(1, "sequences", metavar="N")
@@ -63,14 +67,43 @@ class PlanOptions:
     json: bool = option(False, "print one JSON object and nothing else")
 
 
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """Serve a pair over HTTP, as OpenAI's API does, until SIGTERM or SIGINT. A page to try it is at /."""
+
+    target: str | None = option(None, "checkpoint folder or hub name; the embedded pair if left out", metavar="DIR")
+    drafter: str | None = option(None, "DFlash drafter made for the target", metavar="DIR")
+    host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 is all", metavar="ADDRESS")
+    port: int = option(8000, "port to listen at; 0 takes any that is free", metavar="N")
+    model_name: str | None = option(None, "what requests call the model; the target folder's name", metavar="NAME")
+    api_key: str | None = option(None, "asked for under /v1/; $DFLASH_API_KEY if left out", metavar="KEY")
+    max_body_bytes: int = option(8 * 2**20, "longest body of a request", metavar="N")
+    slots: int = option(16, "requests that run at once", metavar="N")
+    max_length: int | None = option(None, "tokens of a request, prompt and output; the model's positions", metavar="N")
+    max_requests: int = option(4096, "requests that wait or run; more are told to come again", metavar="N")
+    memory_mib: int | None = option(
+        None, "memory for weights, caches and state; as much as the slots need", metavar="N"
+    )
+    draft: bool = option(True, "decode plainly, without the drafter")
+    logprobs: int = option(
+        20, "most likely tokens that a request may ask to be named; 0: none, a faster start", metavar="N"
+    )
+    grammar: bool = option(True, "no structured output: a faster start")
+    shutdown_seconds: int = option(10, "how long running requests may go on at the end", metavar="N")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 2 for input that cannot work, 130 when interrupted."""
     try:
         values = _parser().parse_args(_flags_first(argv))
         if values.subcommand == "train":
             return _train(values.train)
+        if values.subcommand == "bench":
+            return _bench(values.bench)
         if values.subcommand == "plan":
             return _plan(read_options(PlanOptions, values.plan))
+        if values.subcommand == "serve":
+            return _serve(read_options(ServeOptions, values.serve))
         return _generate(read_options(GenerateOptions, values.generate))
     except InputError as error:
         _report(str(error))
@@ -97,7 +130,9 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("generate", parser_for(GenerateOptions, "dflash generate"), help="complete a prompt")
+    commands.add_subcommand("serve", parser_for(ServeOptions, "dflash serve"), help="answer requests over HTTP")
     commands.add_subcommand("plan", parser_for(PlanOptions, "dflash plan"), help="compile for accelerators by name")
+    commands.add_subcommand("bench", _bench_parser(), help="measure an engine under load")
     commands.add_subcommand("train", _train_parser(), help="train a drafter from a configuration file")
     return parser
 
@@ -123,9 +158,17 @@ def _train_parser() -> ArgumentParser:
     return parser
 
 
+def _bench_parser() -> ArgumentParser:
+    from serve.bench.options import BenchOptions
+
+    parser = parser_for(BenchOptions, "dflash bench")
+    parser.add_argument("what", choices=("serve",), help="serve: the engine that serves requests")
+    return parser
+
+
 def _command(argv: Sequence[str] | None) -> str:
     given = sys.argv[1:] if argv is None else argv
-    return given[0] if given and given[0] in ("generate", "plan", "train") else "generate"
+    return given[0] if given and given[0] in ("generate", "serve", "plan", "train", "bench") else "generate"
 
 
 def _readable(message: str) -> str:
@@ -194,25 +237,36 @@ def _train(values: Any) -> int:
     return train(values.what, values.config, values.changes, check=values.check)
 
 
+def _serve(options: ServeOptions) -> int:
+    try:
+        from serve.command import serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs the package {error.name}; pip install 'dflash-jax[serve]'") from error
+    return serve(options)
+
+
+def _bench(values: Any) -> int:
+    from serve.bench.command import bench
+    from serve.bench.options import BenchOptions
+
+    return bench(read_options(BenchOptions, values))
+
+
 def _plan(options: PlanOptions) -> int:
     from dflash_jax.topology import parse_topology, prepare, require_compiler
 
-    if options.target is None:
+    if options.target is None and options.recipe is None:
         raise InputError("there is no target; give --target, a config.json or a folder with one")
-    if options.compile:
-        require_compiler(parse_topology(options.topology).chip)
     prepare()  # before jax is imported
-    from dflash_jax.plan import Request, plan
+    from dflash_jax.plan import plan
 
-    given: dict[str, Any] = dataclasses.asdict(options)
-    as_json = given.pop("json")
-    trained = None
-    if options.program == "train":
-        from train.plan import planned as trained
+    request, trained = _request(options)
+    if options.compile:
+        require_compiler(parse_topology(request.topology).chip)
     with Screen(sys.stdout) as screen:
         screen.wait("compiling, which takes minutes for a large model")
-        result = plan(Request(**given), trained)
-    if as_json:
+        result = plan(request, trained)
+    if options.json:
         print(json.dumps(result))
         return 0
     from rich.console import Console
@@ -221,6 +275,24 @@ def _plan(options: PlanOptions) -> int:
 
     show(result, Console())
     return 0
+
+
+def _request(options: PlanOptions) -> tuple[Any, Any]:
+    """What `dflash_jax.plan.plan` takes: the request, and what makes the program of a training step."""
+    if options.recipe is not None:
+        from train.plan_recipe import planned_recipe
+
+        return planned_recipe(
+            Path(options.recipe), target=options.target, topology=options.topology, compile=options.compile
+        )
+    from dflash_jax.plan import Request
+
+    given: dict[str, Any] = dataclasses.asdict(options)
+    del given["json"], given["recipe"]
+    trained = None
+    if options.program == "train":
+        from train.plan import planned as trained
+    return Request(**given | {"topology": options.topology or "tpu7x:2x2x2"}), trained
 
 
 def _settings(options: GenerateOptions) -> dict[str, Any]:
@@ -236,6 +308,7 @@ def _stream(pair: Any, prompt: Any, settings: dict[str, Any], screen: "Screen | 
     first round, and both may have to be compiled.
     """
     import dflash_jax
+    from dflash_jax.spans import Spans
 
     pieces = dflash_jax.stream(pair, prompt, **settings)
     spans = Spans(pair.tokenizer)
@@ -332,34 +405,6 @@ class Screen:
             f"outputs are {'identical' if facts['identical'] else 'NOT identical'}",
             file=self.file,
         )
-
-
-class Spans:
-    """Cuts the text of pieces into runs by the tokens they came from.
-
-    A piece's text may lag behind its tokens (half a character, the possible start of a stop string), so what the tokens
-    said is kept until the pieces' text has caught up.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        from dflash_jax.text import TextStream
-
-        self._stream = TextStream(tokenizer)
-        self._ahead: list[tuple[int, bool]] = []  # (characters, drafted) not shown yet
-
-    def split(self, piece: Any) -> Iterator[tuple[str, bool]]:
-        """(text, drafted) runs that make up the piece's text."""
-        for token, drafted in zip(piece.tokens, piece.drafted, strict=True):
-            self._ahead.append((len(self._stream.push(token)), drafted))
-        text = piece.text
-        while text and self._ahead:
-            size, drafted = self._ahead.pop(0)
-            if size > len(text):
-                self._ahead.insert(0, (size - len(text), drafted))
-            yield text[:size], drafted
-            text = text[size:]
-        if text:  # the unfinished character at the end of a generation
-            yield text, False
 
 
 if __name__ == "__main__":

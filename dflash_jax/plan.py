@@ -31,7 +31,7 @@ class Request:
     """What is to be planned."""
 
     target: str | Path
-    drafter: str | Path | None
+    drafter: str | Path | DrafterConfig | None
     topology: str
     mesh: str = ""
     program: str = "round"
@@ -58,7 +58,9 @@ def plan(request: Request, trained: Trained | None = None) -> dict[str, Any]:
     if request.program == "train" and trained is None:
         raise InputError("the program train is that of the trainers; give plan(request, train.plan.planned)")
     target = TargetConfig.from_dict(read_config(request.target))
-    drafter = None if request.drafter is None else DrafterConfig.from_dict(read_config(request.drafter))
+    drafter = request.drafter
+    if isinstance(drafter, str | Path):
+        drafter = DrafterConfig.from_dict(read_config(drafter))
     if drafter is not None:
         check_fit(target, drafter)
     width = _width(request, drafter)
@@ -75,7 +77,7 @@ def plan(request: Request, trained: Trained | None = None) -> dict[str, Any]:
     whole = seconds(parts, topology)
     result: dict[str, Any] = {
         "target": str(request.target),
-        "drafter": None if request.drafter is None else str(request.drafter),
+        "drafter": str(request.drafter) if isinstance(request.drafter, str | Path) else None,
         "topology": str(topology),
         "devices": topology.num_devices,
         "peaks": _peaks(topology),

@@ -112,6 +112,11 @@ class Tokenizer:
     def _templates(self) -> Any:
         return _transformers_tokenizer(self.folder)
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether the folder has a chat template."""
+        return _has_chat_template(self.folder)
+
     def render(self, messages: Sequence[Mapping[str, Any]], *, ask: bool = True, **options: Any) -> str:
         """Chat messages as the template writes them, with `ask` up to where the model's reply begins.
 
@@ -120,7 +125,7 @@ class Tokenizer:
         for message in messages:
             if not {"role", "content"} <= message.keys():
                 raise InputError(f"a chat message needs `role` and `content`; this one has {sorted(map(str, message))}")
-        if not _has_chat_template(self.folder):
+        if not self.can_chat:
             raise InputError(
                 f"{self.folder} has no chat template, so chat messages cannot be used; give the prompt as text"
             )
@@ -249,7 +254,8 @@ def _overlap(text: str, stop: str) -> int:
 class Transcript:
     """The text of one generation as its tokens arrive: complete characters, cut at the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] | str = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] | str = (), min_tokens: int = 0) -> None:
+        """In the text of the first `min_tokens` tokens no stop string is looked for."""
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise InputError(f"stop strings are texts of at least one character, not {list(stops)!r}")
@@ -258,6 +264,7 @@ class Transcript:
         self._stream = TextStream(tokenizer)
         self._stops = StopFinder(stops)
         self._has_stops = bool(stops)
+        self._free = min_tokens
 
     @property
     def stopped(self) -> bool:
@@ -270,7 +277,8 @@ class Transcript:
             return self._stops.push(self._stream.push(*tokens)), len(tokens)
         shown = []
         for i, token in enumerate(tokens):
-            shown.append(self._stops.push(self._stream.push(token)))
+            text, self._free = self._stream.push(token), self._free - 1
+            shown.append(text if self._free >= 0 else self._stops.push(text))
             if self.stopped:
                 return "".join(shown), i + 1
         return "".join(shown), len(tokens)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dflash_jax.decoding.logprobs import MOST_LOGPROBS, check_logprobs, looked_up
 from dflash_jax.decoding.sampling import SamplingPlan
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
@@ -13,12 +14,16 @@ from serve.device import Sizes
 GREEDY = SamplingPlan()
 DRAWN = SamplingPlan(random=True)
 FILTERED = SamplingPlan(random=True, filters=True)
-EVERYTHING = SamplingPlan(random=True, filters=True, penalties=True, bias=True)
+EVERYTHING = SamplingPlan(random=True, filters=True, penalties=True, bias=True, min_tokens=True)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes are fixed at the start, and so is what is compiled: buckets x (widths + 2) x plans, and the prefills."""
+    """Sizes are fixed at the start, and so is what is compiled.
+
+    That is the rounds, buckets x (widths + 2) x plans, one plan more with `logprobs`, two programs a bucket with
+    `grammar`, and the prefills.
+    """
 
     slots: int = 16  # requests that run at once
     max_length: int | None = None  # tokens of a request, prompt and output; None: the model's positions
@@ -35,6 +40,8 @@ class EngineConfig:
     rounds_while_filling: int = 2  # while prompts wait for their turn between dispatches
     prefill: tuple[tuple[int, int], ...] = ((4, 32), (1, 128))  # (prompts, tokens of each) a pass, narrow ones first
     plans: tuple[SamplingPlan, ...] = (GREEDY, DRAWN, EVERYTHING)  # a dispatch takes the first that does for all
+    logprobs: int = 0  # most likely tokens that a request may ask to be named beside each of its own; 0: no logprobs
+    grammar: bool = True  # whether requests may have a grammar
     max_requests: int = 4096  # that wait or run
 
 
@@ -49,6 +56,7 @@ class Plan:
     rounds: int
     leave: bool  # stop as soon as a request ends, since others wait
     load: Hashable  # what the costs of this kind of dispatch are known under
+    grammar: bool = False  # one round, between whose draft and check the host says what may come
 
     def of(self, *, rounds: int) -> "Plan":
         """The same with other rounds."""
@@ -68,11 +76,31 @@ class Resolved:
     plans: tuple[SamplingPlan, ...]
     prefix_cache: bool
     max_requests: int
+    logprobs: int
+
+    @property
+    def everything(self) -> SamplingPlan:
+        """The plan that does most."""
+        return max(self.plans, key=lambda p: (p.penalties, p.bias, p.min_tokens, p.filters, p.random, p.logprobs))
+
+    def masked(self, bucket: int) -> Plan:
+        """How requests with grammars run: all of them in one way, so that few programs are compiled."""
+        width, draft = self.modes[-1]
+        return Plan(bucket, self.everything, width, draft, 1, False, ("grammar", bucket), grammar=True)
 
     def plan_for(self, needs: Iterable[SamplingPlan]) -> SamplingPlan:
         """The cheapest compiled plan that does for all of some requests."""
         needed = list(needs)
         return next(plan for plan in self.plans if all(covers(plan, need) for need in needed))
+
+    def check(self, logprobs: int | None, need: SamplingPlan) -> None:
+        """InputError for a request that asks for more than was compiled."""
+        if logprobs is not None and not self.logprobs:
+            raise InputError("this engine was started without logprobs; leave them out")
+        if logprobs is not None and logprobs > self.logprobs:
+            raise InputError(f"logprobs is {logprobs}; this engine names at most {self.logprobs} tokens")
+        if not any(covers(plan, need) for plan in self.plans):
+            raise InputError("this engine was started without penalties, logit_bias and min_tokens; leave them out")
 
     @property
     def modes(self) -> list[tuple[int, bool]]:
@@ -84,11 +112,10 @@ class Resolved:
 
 def covers(plan: SamplingPlan, need: SamplingPlan) -> bool:
     """Whether rounds compiled for `plan` can serve a request that needs `need`."""
-    if need.neutral:
-        return True
     pairs = (
         (plan.random, need.random), (plan.filters, need.filters and need.random),
-        (plan.penalties, need.penalties), (plan.bias, need.bias),
+        (plan.penalties, need.penalties), (plan.bias, need.bias), (plan.min_tokens, need.min_tokens),
+        (plan.logprobs, need.logprobs),
     )  # fmt: skip
     return all(has or not wants for has, wants in pairs)
 
@@ -109,13 +136,14 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     buckets = _buckets(c)
     if any(tokens % c.page_size for _, tokens in c.prefill) and c.prefix_cache:
         raise InputError(f"a prefill of {c.prefill} does not end where pages of {c.page_size} do; give multiples")
-    plans = c.plans
+    plans, vocab = c.plans, pair.target.config.vocab_size
+    check_logprobs(c.logprobs, min(vocab, MOST_LOGPROBS))
     if not any(covers(plan, SamplingPlan(random=True, filters=True)) for plan in plans) or not plans[0].neutral:
         raise InputError("the first of the plans is greedy, and one of them has to take temperature and filters")
     settings = any(plan.penalties or plan.bias for plan in plans)
     least = -(-length // c.page_size)
     pages = c.pages or c.slots * least + 1  # one more: see `Scheduler.admit`
-    sizes = Sizes(c.slots, length, widths[-1], c.rounds, pages, c.page_size, c.checkpoints, settings)
+    sizes = Sizes(c.slots, length, widths[-1], c.rounds, pages, c.page_size, c.checkpoints, settings, c.grammar)
     if c.memory_bytes is not None:
         within = memory_of(pair, sizes).pages_within(c.memory_bytes, least)
         sizes = replace(sizes, pages=min(within, sizes.pages))
@@ -123,10 +151,13 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
         raise InputError(
             f"there are {sizes.pages} pages of {c.page_size}; give at least {least + 1}: max_length and one"
         )
-    return Resolved(
+    made = Resolved(
         sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling,
-        tuple(sorted(c.prefill, key=lambda s: s[1])), plans, c.prefix_cache, c.max_requests,
+        tuple(sorted(c.prefill, key=lambda s: s[1])), plans, c.prefix_cache, c.max_requests, c.logprobs,
     )  # fmt: skip
+    if not c.logprobs:
+        return made
+    return replace(made, plans=(*plans, replace(made.everything, logprobs=looked_up(c.logprobs, vocab))))
 
 
 def _widths(pair: Pair, c: EngineConfig) -> tuple[int, ...]:

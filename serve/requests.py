@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from dflash_jax.decoding.generate import split_stops
+from dflash_jax.decoding.generate import check_min_tokens, split_stops
 from dflash_jax.decoding.output import Generation, Output, Piece
 from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
 from dflash_jax.text import Prompt
+from serve.config import Resolved
 from serve.device import STOPS
+from serve.grammar import Grammar, Grammars, Matcher
 
 Event = Piece | Generation | Exception  # pieces, then one of the others
 
@@ -35,12 +37,18 @@ class Request:
     logit_bias: Mapping[int, float] | None = None
     seed: int = 0
     stop: Any = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    grammar: Grammar | None = None  # what the output has to match; its end ends the request
 
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments of `Sampling.pack`."""
-        names = "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty logit_bias seed"
-        return {name: getattr(self, name) for name in names.split()}
+        names = (
+            "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+            "logit_bias", "min_tokens", "seed",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,7 @@ class Running:
     stops: np.ndarray  # ids, padded
     sampling: Sampling  # of one request, on the host
     output: Output
+    matcher: Matcher | None = None  # where the output stands in its grammar
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     goal: int = 0  # tokens to prefill
@@ -144,9 +153,17 @@ class Running:
         self.slot, self.least, self.most, self.cold = slot, known, known, None
         self.goal = known - 1 if self.output.tokens else known
 
-    def finish(self, reason: str | None = None) -> None:
-        """Tell the sender; `reason` replaces the generation's own."""
+    @property
+    def settled(self) -> bool:
+        """Whether the host knows all that the device does."""
+        return self.least == self.most == len(self.prompt) + len(self.output.tokens)
+
+    def finish(self, reason: str | Exception | None = None) -> None:
+        """Tell the sender; `reason` replaces the generation's own, or says what went wrong."""
         self.done = True
+        if isinstance(reason, Exception):
+            self.handle.put(reason)
+            return
         generation = self.output.generation()
         if piece := self.output.piece():
             self.handle.put(piece)
@@ -154,26 +171,32 @@ class Running:
         self.handle.put(generation if reason is None else replace(generation, finish_reason=reason))
 
 
-def prepare(pair: Pair, handle: Handle, order: int, longest: int, settings: bool) -> Running:
-    """Check a request. `longest` is what the engine takes; `settings`: whether penalties and biases are possible.
+def prepare(pair: Pair, handle: Handle, order: int, config: Resolved, grammars: Grammars) -> Running:
+    """Check a request.
 
     InputError as from `dflash_jax.generate`, and for a prompt or settings that this engine is not made for.
     """
-    request, config = handle.request, pair.target.config
+    request, vocab, longest = handle.request, pair.target.config.vocab_size, config.sizes.length
     new = request.max_new_tokens
     if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 1:
         raise InputError(f"max_new_tokens is {new!r}; give a whole number of at least 1")
     prompt = pair.tokenizer.encode(request.prompt)
     if len(prompt) >= longest:
         raise InputError(f"the prompt has {len(prompt)} tokens; this engine takes at most {longest - 1}")
-    stop_texts, stop_ids = split_stops(request.stop, config.vocab_size)
-    ends = sorted({*config.eos_token_ids, *stop_ids})
+    stop_texts, stop_ids = split_stops(request.stop, vocab)
+    ends = sorted({*pair.target.config.eos_token_ids, *stop_ids})
     if len(ends) > STOPS:
         raise InputError(f"there are {len(ends)} stop ids, the model's own included; give at most {STOPS}")
-    sampling = Sampling.pack(1, config.vocab_size, **request.settings)
-    if not settings and (sampling.plan.penalties or sampling.plan.bias):
-        raise InputError("this engine was started without penalties and logit_bias; leave them out")
+    sampling = Sampling.pack(1, vocab, logprobs=request.logprobs, **request.settings)
+    least = int(sampling.min_tokens[0])
+    check_min_tokens(least, int(new), len(ends), vocab)
+    config.check(request.logprobs, sampling.plan)
+    if request.grammar is not None and least:
+        raise InputError("min_tokens and a grammar cannot both say when the output ends; leave one out")
+    if request.grammar is not None and not config.sizes.grammar:
+        raise InputError("this engine was started without grammars; leave the grammar out")
+    matcher = None if request.grammar is None else grammars.matcher(request.grammar)
     stops = np.full(STOPS, -1, np.int32)
     stops[: len(ends)] = ends
-    output = Output(pair.tokenizer, len(prompt), stop_texts, set(ends))
-    return Running(handle, order, prompt, min(len(prompt) + int(new), longest), stops, sampling, output)
+    output = Output(pair.tokenizer, len(prompt), stop_texts, set(ends), min_tokens=least, logprobs=request.logprobs)
+    return Running(handle, order, prompt, min(len(prompt) + int(new), longest), stops, sampling, output, matcher)

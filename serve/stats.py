@@ -18,6 +18,8 @@ class Stats:
     tokens: int = 0  # of outputs
     prompt_tokens: int = 0  # of admitted requests
     cached_tokens: int = 0  # of these, found in the prefix cache
+    admissions: int = 0  # requests that have got a slot at least once
+    prefix_hits: int = 0  # of these, with tokens from the prefix cache
     prefill_tokens: int = 0  # run through the models
     rounds: int = 0
     dispatches: int = 0  # of rounds
@@ -38,6 +40,8 @@ class Stats:
         if not running.output.tokens:
             self.prompt_tokens += len(running.prompt)
             self.cached_tokens += running.cached
+            self.admissions += 1
+            self.prefix_hits += running.cached > 0
 
     def ended(self, running: Running, cancelled: bool) -> None:
         """A request is gone."""

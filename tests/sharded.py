@@ -43,7 +43,9 @@ DRAFTER = BASE | {
     "dflash_config": {"mask_token_id": 15, "target_layer_ids": [0, 2]},
 }
 LENGTHS = (3, 9, 140, 30, 5)
-SETTINGS = ({}, {"temperature": 0.8, "seed": [3, 4, 5, 6, 7], "top_p": 0.9})
+NEW = 24
+SAMPLED = {"temperature": 0.8, "seed": [3, 4, 5, 6, 7], "top_p": 0.9}
+SETTINGS = ({}, SAMPLED | {"stop": 7, "min_tokens": NEW, "logprobs": 3})
 
 
 def write_pair(folder: Path) -> None:
@@ -72,7 +74,7 @@ def write_pair(folder: Path) -> None:
 
 
 def outputs(folder: Path, mesh: dict | None) -> list:
-    """Tokens and acceptance lengths of all settings."""
+    """Tokens, acceptance lengths and likeliest tokens of all settings."""
     import numpy as np
 
     import dflash_jax
@@ -81,8 +83,12 @@ def outputs(folder: Path, mesh: dict | None) -> list:
     pair = dflash_jax.load(folder / "target", folder / "drafter", mesh=None if mesh is None else make_mesh(**mesh))
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 15, n).tolist() for n in LENGTHS]
-    out = [dflash_jax.generate(pair, prompts, max_new_tokens=24, **settings) for settings in SETTINGS]
-    return [[(g.tokens, g.acceptance_lengths) for g in each] for each in out]
+    out = [dflash_jax.generate(pair, prompts, max_new_tokens=NEW, **settings) for settings in SETTINGS]
+    likeliest = [[[[t for t, _ in e.top] for e in g.logprobs or ()] for g in each] for each in out]
+    return [
+        [(g.tokens, g.acceptance_lengths, ids) for g, ids in zip(each, top, strict=True)]
+        for each, top in zip(out, likeliest, strict=True)
+    ]
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import pytest
 import dflash_jax
 from dflash_jax import cli
 from dflash_jax.errors import InputError
-from dflash_jax.text import Tokenizer, Transcript
-from tests.test_text import byte_tokenizer, fallback_core
+from dflash_jax.text import Transcript
+from tests.test_text import byte_tokenizer
 
 ANSWER = "né 😀 done"
 ROUNDS = [3, 4, 1, 3]  # after the first token, which prefill gives; a last round gives what is left
@@ -111,15 +111,6 @@ def test_accepted_tokens_are_green(pair, monkeypatch):
     assert "".join(green[:-1]) == "édo"
     assert green[-1] == "green"  # the legend
     assert re.sub("\x1b\\[\\d+m", "", shown).startswith(ANSWER + "\n")
-
-
-def test_colours_follow_tokens_whose_text_comes_in_parts():
-    """The end of a token's text may be held back, as the possible start of a stop string; it keeps its colour."""
-    spans = cli.Spans(Tokenizer(fallback_core(), Path("model")))
-    first = SimpleNamespace(text="h", tokens=[257], drafted=[True])  # "hi"
-    second = SimpleNamespace(text="ix", tokens=[258], drafted=[False])  # "x"
-    assert list(spans.split(first)) == [("h", True)]
-    assert list(spans.split(second)) == [("i", True), ("x", False)]
 
 
 def test_no_color_is_respected(pair, monkeypatch):

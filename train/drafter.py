@@ -27,6 +27,7 @@ from train.evaluate import DecodeConfig, decode_figures, evaluator, held_out_met
 from train.feeding import Feed
 from train.flops import drafter_flops, target_flops
 from train.loop import LoopConfig, Task, best_state, run
+from train.memory import compiled
 from train.objective import Objective, drafter_loss, drafter_terms
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.placing import new_state, on_mesh
@@ -147,7 +148,7 @@ def make_task(
         functools.partial(function, (graph, target_graph), config) for function in (drafter_terms, drafter_loss)
     )
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
-    step = make_step(terms, optimizer, parts=config.parts, spike=config.spike)
+    step = compiled(make_step(terms, optimizer, parts=config.parts, spike=config.spike))
     held_out = whole_batches(setting.held_out, length=data.length, size=config.batch)
     metrics = held_out_metrics(loss, frozen, held_out, feed, caches[1])
     prompts = held_out_prompts(setting.held_out, config.decode.prompts)

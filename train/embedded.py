@@ -46,11 +46,14 @@ def default_target() -> TargetTraining:
 
 
 def default_drafter() -> DrafterTraining:
-    """The embedded drafter."""
+    """The embedded drafter: DFlash 2, trained with D-PACE."""
     return DrafterTraining(
-        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384),
-        loop=LoopConfig(steps=4000),
-        optimizer=OptimizerConfig("muon", learning_rate=5e-3),
+        architecture=DrafterArchitecture(
+            num_layers=3, head_dim=64, intermediate_size=512, convolution=True, selector_rank=64
+        ),
+        loop=LoopConfig(steps=2400),
+        optimizer=OptimizerConfig("muon", learning_rate=5e-3, adam_learning_rate=2e-3),
+        loss="dpace",
         anchors=64,
     )
 
@@ -65,6 +68,7 @@ class EmbeddedPair:
         responses: what the target writes for the drafter's training
         data: how these become rows
         drafter: the drafter and how it is trained
+        texts: folder of what the target writes
         drafter_out: folder of the drafter's run
         folder: where the pair goes
         prompts: held-out prompts to put beside it
@@ -74,8 +78,9 @@ class EmbeddedPair:
     target: TargetTraining = dataclasses.field(default_factory=default_target)
     cuts: corpus.PromptConfig = dataclasses.field(default_factory=corpus.PromptConfig)
     responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=256, sampled=0.1))
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=352, threads=1))
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=352, threads=1, taps="cache"))
     drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
+    texts: Path = Path("runs/embedded/texts")
     drafter_out: Path = Path("runs/embedded/drafter")
     folder: Path = Path(dflash_jax.__file__).parent / "embedded"
     prompts: int = 40
@@ -93,9 +98,10 @@ def run_target(config: TargetTraining) -> None:
 
 def corpus_documents(config: EmbeddedPair, target: Target) -> tuple[Documents, Documents]:
     """Responses to prompts from the training documents, and greedy ones to prompts from the held-out documents."""
-    tokenizer = load_or_train(config.target.tokenizer_folder, ())
+    folder = config.folder / "tokenizer"
+    tokenizer = load_or_train(folder, ())
     starts = np.array(["\n" in tokenizer.decode([token]) for token in range(len(tokenizer))])
-    pair = Pair(target, None, Tokenizer(None, config.target.tokenizer_folder, target.config.vocab_size))
+    pair = Pair(target, None, Tokenizer(None, folder, target.config.vocab_size))
     few = config.data.held_out_count
     kinds = (
         ("responses", config.cuts, config.responses),
@@ -107,24 +113,27 @@ def corpus_documents(config: EmbeddedPair, target: Target) -> tuple[Documents, D
     )
     made = []
     for (name, cuts, responses), documents in zip(kinds, corpus.split(), strict=True):
-        folder = config.drafter_out / name
         prompts = corpus.cut_prompts(
             [np.asarray(tokenizer(document.text)["input_ids"]) for document in documents], starts, cuts
         )
-        if not regenerate(pair, prompts, responses, folder):
+        if not regenerate(pair, prompts, responses, config.texts / name):
             raise InputError("the writing of responses was stopped; run again to go on")
-        made.append(Corpus(JsonLines([folder]), config.data.length))
+        made.append(Corpus(JsonLines([config.texts / name]), config.data.length))
     return made[0], made[1]
 
 
-def run_drafter(config: EmbeddedPair) -> None:
-    """Lets the target write responses and trains the drafter on them: the target as it is shipped, rounded to bf16."""
+def drafter_setting(config: EmbeddedPair) -> Setting:
+    """What the drafter is trained for: the target as it is shipped, rounded to bf16, and what this one writes."""
     _, frozen = load_target(config.folder / "target", jnp.float32)
     learned, held_out = corpus_documents(config, frozen)
-    tokenizer = Tokenizer(None, config.target.tokenizer_folder, frozen.config.vocab_size)
-    mask = load_or_train(config.target.tokenizer_folder, ()).mask_token_id
-    setting = Setting(frozen, tokenizer, mask, learned, held_out, config.data, config.drafter_out)
-    model, done = train_drafter(config.drafter, setting)
+    folder = config.folder / "tokenizer"
+    tokenizer, mask = Tokenizer(None, folder, frozen.config.vocab_size), load_or_train(folder, ()).mask_token_id
+    return Setting(frozen, tokenizer, mask, learned, held_out, config.data, config.drafter_out)
+
+
+def run_drafter(config: EmbeddedPair) -> None:
+    """Lets the target write responses and trains the drafter on them."""
+    model, done = train_drafter(config.drafter, drafter_setting(config))
     if not done:
         raise InputError("the drafter's training was stopped by --drafter.loop.minutes; run again to go on")
     # Trained on blocks of 8 it runs on shorter ones too; 6 rows are the quickest on two CPU cores (`make bench`).
@@ -144,8 +153,8 @@ def main(config: EmbeddedPair) -> None:
     run_target(config.target)
     _, trained = load_target(config.target.out / "model", jnp.float32)
     save_target(trained, folder / "target", jnp.bfloat16)
-    run_drafter(config)
     save_tokenizer(load_or_train(config.target.tokenizer_folder, ()), folder / "tokenizer")
+    run_drafter(config)
     write_prompts(folder / "prompts.jsonl", config.prompts)
     (folder / "LICENSE").write_text(corpus.LICENCE_NOTE, encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

@@ -35,6 +35,7 @@ class DrafterRun:
         mask_token: id of a token that no text holds; default: the tokenizer's mask token
         start: a drafter to begin with, as that of a first stage; what it lacks of DFlash 2 begins as the identity
         mesh: how the devices are used
+        pod: accelerators that this is meant for, as `dflash plan` names them; training does not look at it
         data: what to learn from
         regenerate: how the target writes responses to data.prompts
         training: the drafter and how it is trained
@@ -45,6 +46,7 @@ class DrafterRun:
     mask_token: int | None = None
     start: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    pod: str | None = None
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     regenerate: RegenerateConfig = dataclasses.field(default_factory=RegenerateConfig)
     training: DrafterTraining = dataclasses.field(default_factory=DrafterTraining)

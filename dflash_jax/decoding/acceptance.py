@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.lax import platform_dependent
 from jaxtyping import Array, Float, Int32
 
+from dflash_jax.decoding.masks import TokenMask
 from dflash_jax.decoding.noise import uniform
 from dflash_jax.decoding.proposal import Candidates, Proposal
 from dflash_jax.decoding.sampling import History, Sampling
@@ -44,12 +45,18 @@ def decide(
     positions: Int32[Array, "B W"],
     sampling: Sampling | None,
     history: History | None,
+    mask: TokenMask | None = None,
 ) -> Accepted:
-    """`accept` by the target's logits on the rows of `hidden`, of which no more are made than the settings need."""
+    """`accept` by the target's logits on the rows of `hidden`, of which no more are made than the settings need.
+
+    A drafted token that the mask leaves out has probability 0, so it is refused as any other, and what follows it is
+    never emitted.
+    """
     requests = hidden, proposal, positions, sampling
 
     def by_all(hidden: Array, proposal: Proposal, positions: Array, sampling: Sampling | None) -> Accepted:
-        return accept(proposal, everything(head(hidden), sampling, history, proposal.tokens), positions, sampling)
+        shortlist = everything(head(hidden), sampling, history, proposal.tokens, mask)
+        return accept(proposal, shortlist, positions, sampling)
 
     def by_list(hidden: Array, proposal: Proposal, positions: Array, sampling: Sampling | None) -> Accepted:
         candidates = None if proposal.candidates is None else proposal.candidates.ids
@@ -63,7 +70,7 @@ def decide(
     def one(request: tuple) -> Accepted:
         return jax.tree.map(lambda x: x[0], by_all(*jax.tree.map(lambda x: x[None], request)))
 
-    if sampling is not None and sampling.plan.whole:
+    if mask is not None or (sampling is not None and sampling.plan.whole):
         return by_all(*requests)
     if sampling is None or sampling.plan.slots or not _by_ratio(proposal, sampling):
         return by_list(*requests)

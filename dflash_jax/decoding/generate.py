@@ -66,8 +66,10 @@ def generate(
     presence_penalty: Any = 0.0,
     frequency_penalty: Any = 0.0,
     logit_bias: Any = None,
+    min_tokens: Any = 0,
     seed: Any = 0,
     stop: Any = (),
+    logprobs: int | None = None,
     draft: bool = True,
     width: int | None = None,
 ) -> list[Generation]:
@@ -78,7 +80,10 @@ def generate(
         max_new_tokens: most tokens to generate for each prompt.
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed:
             one value for all prompts, or one for each (see `Sampling.build`). Temperature 0 is greedy.
+        min_tokens: how many tokens there have to be before a stop token can be chosen or a stop text is looked for, one
+            for all prompts or one for each.
         stop: texts and token ids that end a generation, beside the model's own end tokens.
+        logprobs: how many likely tokens to name beside each one, with log-probabilities (see `TokenLogprobs`).
         draft: False decodes plainly.
         width: rows a round, the anchor included, 1 to the drafter's block size, which is the default.
 
@@ -89,11 +94,11 @@ def generate(
     settings = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "logit_bias": logit_bias,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty, "seed": seed,
+        "frequency_penalty": frequency_penalty, "min_tokens": min_tokens, "seed": seed,
     }  # fmt: skip
     if not prompts:
         return []
-    run = _Run(pair, prompts, max_new_tokens, settings, stop, draft, width)
+    run = _Run(pair, prompts, max_new_tokens, settings, stop, draft, width, logprobs)
     rounds = ROUNDS_PER_DISPATCH if run.stop_texts else np.iinfo(np.int32).max
     for _ in run.dispatches(itertools.repeat(rounds)):
         pass
@@ -106,12 +111,13 @@ def stream(
     *,
     max_new_tokens: int = 256,
     stop: Any = (),
+    logprobs: int | None = None,
     draft: bool = True,
     width: int | None = None,
     **settings: Any,
 ) -> Generator[Piece, None, Generation]:
     """Complete one prompt and yield pieces as rounds finish; returns the `Generation`. Arguments as for `generate`."""
-    return _pieces(_Run(pair, [prompt], max_new_tokens, settings, stop, draft, width))
+    return _pieces(_Run(pair, [prompt], max_new_tokens, settings, stop, draft, width, logprobs))
 
 
 def _pieces(run: "_Run") -> Generator[Piece, None, Generation]:
@@ -140,7 +146,15 @@ class _Run:
     """One batch on its way: its arrays on the device, and on the host what has been seen of its output."""
 
     def __init__(
-        self, pair: Pair, prompts: list[Prompt], max_new: int, settings: dict, stop: Any, draft: bool, width: int | None
+        self,
+        pair: Pair,
+        prompts: list[Prompt],
+        max_new: int,
+        settings: dict,
+        stop: Any,
+        draft: bool,
+        width: int | None,
+        logprobs: int | None = None,
     ):
         config = pair.target.config
         if isinstance(max_new, bool) or not isinstance(max_new, (int, np.integer)) or max_new < 1:
@@ -150,7 +164,7 @@ class _Run:
         self.width = check_width(pair, draft, width)
         self.graph, self.weights = pair.split if self.width > 1 else pair.split_target
         self.pair, spare = pair, -len(ids) % pair.batch_multiple
-        sampling = Sampling.build(len(ids), config.vocab_size, **settings)
+        packed = Sampling.pack(len(ids), config.vocab_size, logprobs=logprobs, **settings)
         lengths = np.array([len(i) for i in ids], np.int32)
         longest = config.max_position or np.iinfo(np.int32).max
         if lengths.max() >= longest:
@@ -164,7 +178,13 @@ class _Run:
         ends = sorted({*config.eos_token_ids, *stop_ids})
         stops = np.full((len(ids), max(8, len(ends))), -1, np.int32)
         stops[:, : len(ends)] = ends
-        self.outputs = [Output(pair.tokenizer, int(n), self.stop_texts, set(ends)) for n in lengths]
+        least = packed.min_tokens.tolist()
+        check_min_tokens(max(least), max_new, len(ends), config.vocab_size)
+        sampling = None if packed.plan.neutral else packed
+        self.outputs = [
+            Output(pair.tokenizer, int(n), self.stop_texts, set(ends), min_tokens=m, logprobs=logprobs)
+            for n, m in zip(lengths, least, strict=True)
+        ]
         self.chunk = chunk_size(int(lengths.max()))
         inputs = jax.tree.map(lambda x: _with_spare(x, spare), (tokens, lengths, limit, stops, sampling))
         inputs[2][len(ids) :] = 0  # spare rows are finished before they start
@@ -184,17 +204,27 @@ class _Run:
                 state = run_rounds(self.graph, self.weights, state, self.sampling, count, self.width)
 
     def _look(self, state: DecodeState) -> bool:
-        tokens, known, counts, rounds, finished = self.pair.get(
-            (state.tokens, state.known, state.counts, state.rounds, state.finished)
+        found = None if state.logprobs is None else state.logprobs.rows
+        tokens, known, counts, rounds, finished, found = self.pair.get(
+            (state.tokens, state.known, state.counts, state.rounds, state.finished, found)
         )
         for i, output in enumerate(self.outputs):
-            output.update(tokens[i, : known[i]], counts[i, : rounds[i]])
+            own = None if found is None else (found.own[i], found.top[i], found.ids[i])
+            output.update(tokens[i, : known[i]], counts[i, : rounds[i]], own)
         return all(f or o.transcript.stopped for f, o in zip(finished[: len(self.outputs)], self.outputs, strict=True))
 
 
 def _with_spare(x: Any, spare: int) -> np.ndarray:
     """A batch with its last row repeated."""
     return np.concatenate([np.asarray(x), *[np.asarray(x)[-1:]] * spare])
+
+
+def check_min_tokens(least: int, max_new: int, ends: int, vocab: int) -> None:
+    """InputError for a least length that cannot be reached."""
+    if least > max_new:
+        raise InputError(f"min_tokens is {least}, and max_new_tokens {max_new}; give at most as many")
+    if least and ends >= vocab:
+        raise InputError(f"min_tokens is {least}, and each of the {vocab} tokens is a stop token; leave some out")
 
 
 def split_stops(stop: Any, vocab: int) -> tuple[list[str], list[int]]:

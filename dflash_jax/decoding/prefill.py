@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from dflash_jax.cache import DrafterCache, TargetCache
 from dflash_jax.decoding.acceptance import decide
+from dflash_jax.decoding.logprobs import Logprobs
 from dflash_jax.decoding.proposal import plain_proposal
-from dflash_jax.decoding.round import DecodeState, emit
-from dflash_jax.decoding.sampling import History, Sampling
+from dflash_jax.decoding.round import DecodeState, emit, mask_of
+from dflash_jax.decoding.sampling import History, Sampling, SamplingPlan
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 
@@ -56,22 +57,27 @@ def prefill(
     chunks = (jnp.max(lengths) + chunk - 1) // chunk
     run = partial(_chunk, target, drafter, prompts, lengths, chunk)
     cache, draft_cache, last = jax.lax.fori_loop(0, chunks, run, (cache, draft_cache, last))
-    penalised = sampling is not None and sampling.plan.penalties
+    plan = SamplingPlan() if sampling is None else sampling.plan
     state = DecodeState(
         cache=cache,
         draft_cache=draft_cache,
         tokens=prompts,
+        start=lengths,
         known=lengths,
         limit=limit,
         stops=stops,
         finished=jnp.zeros(B, bool),
         counts=jnp.zeros((B, S), jnp.int32),
         rounds=jnp.zeros(B, jnp.int32),
-        history=History.start(prompts, lengths, target.config.vocab_size) if penalised else None,
+        history=History.start(prompts, lengths, target.config.vocab_size) if plan.penalties else None,
+        logprobs=Logprobs.empty(B, S, plan.logprobs) if plan.logprobs else None,
     )
     anchors = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
-    first = decide(target.head, last[:, None], plain_proposal(anchors[:, 0]), lengths[:, None], sampling, state.history)
-    return emit(state, first.emitted, first.count)
+    end, proposal, positions = last[:, None], plain_proposal(anchors[:, 0]), lengths[:, None]
+    mask = mask_of(state, sampling, positions)
+    first = decide(target.head, end, proposal, positions, sampling, state.history, mask)
+    found = None if state.logprobs is None else state.logprobs.read(target.head, end, first.emitted)
+    return emit(state, first.emitted, first.count, found)
 
 
 def _chunk(

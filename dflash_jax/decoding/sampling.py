@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from dflash_jax.decoding.logprobs import MOST_LOGPROBS, check_logprobs, looked_up
 from dflash_jax.errors import InputError
 
 LARGEST_TOP_K = 64  # that is drawn from the largest logits alone
@@ -28,12 +29,14 @@ class SamplingPlan:
     filters: bool = False
     penalties: bool = False
     bias: bool = False
+    min_tokens: bool = False
+    logprobs: int = 0  # likely tokens to look up beside each emitted one; 0: not even its own log-probability
     slots: int = 0  # how many of the largest logits hold everything that the filters leave; 0: they need all
 
     @property
     def neutral(self) -> bool:
         """Whether only the largest logit counts."""
-        return not (self.random or self.penalties or self.bias)
+        return not (self.random or self.penalties or self.bias or self.min_tokens or self.logprobs)
 
     @property
     def whole(self) -> bool:
@@ -53,6 +56,7 @@ class Sampling:
     repetition_penalty: Float32[Array, " B"]  # 1 is off
     presence_penalty: Float32[Array, " B"]
     frequency_penalty: Float32[Array, " B"]
+    min_tokens: Int32[Array, " B"]  # of the output, before a stop token can be chosen
     seed: UInt32[Array, " B"]
     logit_bias: Float32[Array, "B V"] | None
     plan: SamplingPlan = field(metadata={"static": True})
@@ -79,12 +83,15 @@ class Sampling:
         presence_penalty: Any = 0.0,
         frequency_penalty: Any = 0.0,
         logit_bias: Any = None,
+        min_tokens: Any = 0,
+        logprobs: int | None = None,
         seed: Any = 0,
     ) -> "Sampling":
         """Check and pack the settings: each a scalar for the whole batch or a sequence of length `batch`.
 
         Requests with one seed and one prompt get one answer, whatever else is in the batch; give each a seed for more.
-        `logit_bias` is {token id: bias}, or a sequence of such (or None) a request. The arrays are numpy's.
+        `logit_bias` is {token id: bias}, or a sequence of such (or None) a request; `logprobs` is one for the batch.
+        The arrays are numpy's.
 
         Raises InputError for a value out of its range or a sequence of another length.
         """
@@ -104,6 +111,7 @@ class Sampling:
             ),
             "presence_penalty": _penalty(presence_penalty, batch, "presence_penalty"),
             "frequency_penalty": _penalty(frequency_penalty, batch, "frequency_penalty"),
+            "min_tokens": _integers(min_tokens, batch, "min_tokens", 2**31 - 1, "(0 switches it off)"),
         }
         seeds = _integers(seed, batch, "seed", 2**32 - 1)
         bias = _bias(logit_bias, batch, vocab)
@@ -113,6 +121,8 @@ class Sampling:
             penalties=bool(np.any(values["repetition_penalty"] != 1))
             or bool(np.any(values["presence_penalty"]) or np.any(values["frequency_penalty"])),
             bias=bias is not None,
+            min_tokens=bool(np.any(values["min_tokens"] > 0)),
+            logprobs=looked_up(check_logprobs(logprobs, min(vocab, MOST_LOGPROBS)), vocab),
         )
         if plan.filters and not (plan.penalties or plan.bias):
             plan = replace(plan, slots=_slots(values["top_k"][values["temperature"] > 0]))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from dflash_jax.decoding.masks import TokenMask
 from dflash_jax.decoding.noise import row_keys
 from dflash_jax.decoding.sampling import History, Sampling, adjusted, filtered, is_random, temperature_of, warm
 from dflash_jax.models.head import Head
@@ -87,9 +88,11 @@ def everything(
     sampling: Sampling | None,
     history: History | None = None,
     tokens: Int32[Array, "B W"] | None = None,
+    mask: TokenMask | None = None,
 ) -> Shortlist:
-    """The whole vocabulary, with bias and with the penalties of each row's own history."""
-    return Shortlist(adjusted(logits, sampling, history, tokens))
+    """The whole vocabulary, with bias, with the penalties of each row's own history, and masked."""
+    logits = adjusted(logits, sampling, history, tokens)
+    return Shortlist(logits if mask is None else mask.apply(logits))
 
 
 def picked(

@@ -30,6 +30,7 @@ class WidthController:
     def __init__(self, widths: Sequence[int]):
         self.widths = sorted(set(widths))
         self.acceptance = [HOPE] * (self.widths[-1] - 1)  # of the draft at each place, given all before it
+        self.fixed: int | None = None  # a width that is used whatever is known, to measure it; nothing is learnt then
         self._loads: dict[Hashable, _Load] = {}
 
     def expected(self, width: int, share: float = 1.0) -> float:
@@ -42,7 +43,7 @@ class WidthController:
 
     def observe_counts(self, width: int, counts: Sequence[int]) -> None:
         """Rounds of sequences that drafted, and how many of the `width` rows were accepted in each."""
-        for place in range(1, width):
+        for place in range(1, width) if self.fixed is None else ():
             reached = [count > place for count in counts if count >= place]
             if reached:
                 # As many steps of the running average at once.
@@ -52,6 +53,8 @@ class WidthController:
 
     def observe_cost(self, load: Hashable, width: int, seconds: float) -> None:
         """A round took so long; one outlier counts for no more than twice what was known."""
+        if self.fixed is not None:
+            return
         cost = self._load(load).cost
         known = cost.get(width)
         cost[width] = seconds if known is None else known + COST_RATE * (min(seconds, 2 * known) - known)
@@ -73,6 +76,8 @@ class WidthController:
         state = self._load(load)
         if not share:
             return self.widths[0], False
+        if self.fixed is not None:
+            return self.fixed, False
         rates = {width: self.rate(load, width, share) for width in self.widths}
         best = max(rates, key=lambda width: rates[width])
         if state.width and rates[best] < MARGIN * rates[state.width]:
@@ -89,4 +94,4 @@ class WidthController:
 
     def settled(self, load: Hashable) -> bool:
         """Whether several trials in a row have changed nothing."""
-        return self._load(load).interval >= 16 * PROBE_FIRST
+        return self.fixed is not None or self._load(load).interval >= 16 * PROBE_FIRST

@@ -101,7 +101,9 @@ def attend(
         out, *caches = read(None)
     else:
         out = _by_longest(lengths, page_table, keys.shape[2], lambda table: read(table)[0])
-        caches = [write_rows(c, r, lengths, page_table=page_table) for c, r in zip((keys, values), own, strict=True)]
+        # Their place depends on what was read, by 0: a write that need not wait for the reading has XLA copy all pages.
+        place = lengths + (out[:, 0, 0, 0] > jnp.inf)
+        caches = [write_rows(c, r, place, page_table=page_table) for c, r in zip((keys, values), own, strict=True)]
     return (out, caches[0], caches[1]) if taken else (out, keys, values)
 
 

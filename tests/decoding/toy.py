@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dflash_jax.decoding import acceptance
+from dflash_jax.decoding.masks import TokenMask
 from dflash_jax.decoding.noise import Purpose, gumbel
 from dflash_jax.decoding.proposal import Candidates, Proposal
 from dflash_jax.decoding.sampling import History, Sampling
@@ -22,6 +23,7 @@ from tests.decoding import reference
 VOCAB = 8
 CHOICES = 5  # candidates a row
 PROMPT = (2, 5)
+STOP, LEAST = 3, 2  # where there are rules
 HEAD = Head(jnp.eye(VOCAB), Projection("dv"))  # hidden rows are logits
 
 
@@ -40,8 +42,11 @@ class Toy:
         noise = np.random.default_rng(self.seed + 1).normal(size=(VOCAB,) * 3).astype(np.float32)
         return self.target + noise
 
-    def exact(self, settings: dict, steps: int) -> np.ndarray:
-        """The joint distribution [V] * steps of the first tokens under plain sampling."""
+    def exact(self, settings: dict, steps: int, rules: np.ndarray | None = None) -> np.ndarray:
+        """The joint distribution [V] * steps of the first tokens under plain sampling.
+
+        `rules` [V, V]: whether the second token may follow the first. STOP is none of the first LEAST tokens then.
+        """
         joint = np.zeros((VOCAB,) * steps)
 
         def extend(generated: tuple[int, ...], mass: float) -> None:
@@ -49,6 +54,9 @@ class Toy:
                 joint[generated] = mass
             elif mass > 0:
                 logits = self.target[(*PROMPT, *generated)[-2:]]
+                if rules is not None:
+                    logits = np.where(rules[(*PROMPT, *generated)[-1]], logits, -np.inf)
+                    logits[STOP] = -np.inf if len(generated) < LEAST else logits[STOP]
                 following = reference.probabilities(logits, settings, PROMPT, generated)
                 for token in range(VOCAB):
                     extend((*generated, token), mass * following[token])
@@ -78,7 +86,16 @@ def propose(toy: Toy, kind: str, width: int, before: jax.Array, anchor: jax.Arra
     return Proposal(drafts, Candidates(jnp.stack(ids, axis=1).astype(jnp.int32), jnp.stack(probs, axis=1)))
 
 
-def one_round(toy: Toy, kind: str, width: int, tokens: jax.Array, length: jax.Array, sampling, history):
+def masked(rules: np.ndarray, tokens: jax.Array, positions: jax.Array) -> TokenMask:
+    """What may follow each row of a proposal; nothing is left out behind a draft that breaks the rules."""
+    follows = jnp.asarray(rules)[tokens[:, :-1], tokens[:, 1:]]
+    usable = jnp.pad(jnp.cumprod(follows, axis=1), ((0, 0), (1, 0)), constant_values=1)
+    words = jnp.asarray((rules * 2 ** np.arange(VOCAB)).sum(1).astype(np.uint32))[tokens]
+    words = jnp.where(usable > 0, words, jnp.uint32(0xFFFFFFFF))[..., None]
+    return TokenMask(jnp.full((len(tokens), 1), STOP), positions < len(PROMPT) + LEAST, words)
+
+
+def one_round(toy: Toy, kind: str, width: int, rules, tokens: jax.Array, length: jax.Array, sampling, history):
     """Propose, look the target up, accept and commit: tokens [B, T] and length [B] of prompt and output."""
     each, rows = jnp.arange(len(length))[:, None], jnp.arange(width)
     before, anchor = tokens[each[:, 0], length - 2], tokens[each[:, 0], length - 1]
@@ -87,21 +104,24 @@ def one_round(toy: Toy, kind: str, width: int, tokens: jax.Array, length: jax.Ar
     previous = jnp.concatenate([before[:, None], proposal.tokens[:, :-1]], axis=1)
     # An absent draft gets logits of noughts, as any would do: nothing may depend on them.
     logits = jnp.where((proposal.tokens >= 0)[..., None], jnp.asarray(toy.target)[previous, proposal.tokens], 0.0)
-    accepted = acceptance.decide(HEAD, logits, proposal, positions, sampling, history)
+    mask = None if rules is None else masked(rules, proposal.tokens, positions)
+    accepted = acceptance.decide(HEAD, logits, proposal, positions, sampling, history, mask)
     emitted = rows < accepted.count[:, None]
     places = jnp.where(emitted, positions, tokens.shape[1])
     tokens = tokens.at[each, places].set(accepted.emitted, mode="drop")
     return tokens, length + accepted.count, history and history.add(accepted.emitted, emitted), accepted.count
 
 
-def speculate(toy: Toy, kind: str, width: int, sampling: Sampling, steps: int) -> tuple[np.ndarray, float]:
+def speculate(
+    toy: Toy, kind: str, width: int, sampling: Sampling, steps: int, rules: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
     """The first `steps` tokens [B, steps] of every request of `sampling`, and the mean tokens a round."""
     batch = sampling.seed.shape[0]
     tokens = jnp.zeros((batch, len(PROMPT) + steps + width), jnp.int32).at[:, : len(PROMPT)].set(jnp.array(PROMPT))
     length = jnp.full(batch, len(PROMPT), jnp.int32)
     history = History.start(tokens, length, VOCAB) if sampling.plan.penalties else None
     # Each program runs three times on tiny arrays: what costs time is to compile it.
-    step = jax.jit(partial(one_round, toy, kind, width), compiler_options={"xla_backend_optimization_level": 1})
+    step = jax.jit(partial(one_round, toy, kind, width, rules), compiler_options={"xla_backend_optimization_level": 1})
     counts = []
     for _ in range(steps):
         tokens, length, history, count = step(tokens, length, sampling, history)

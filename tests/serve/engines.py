@@ -18,6 +18,7 @@ from tests.decoding import pairs
 SMALL = EngineConfig(
     slots=3, buckets=(1, 3), max_length=96, page_size=8, pages=22, checkpoints=6, widths=(1, 4), adaptive=False,
     rounds=3, rounds_while_filling=1, prefill=((2, 8), (1, 16)), plans=(GREEDY, EVERYTHING),
+    grammar=False,
 )  # fmt: skip
 KINDS = [
     {},

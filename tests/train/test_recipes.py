@@ -1,7 +1,6 @@
 """Every recipe reads, fits its target, has the published drafter's size, and divides over its pod's mesh."""
 
 import math
-import re
 from pathlib import Path
 
 import jax
@@ -10,12 +9,15 @@ from flax import nnx
 
 import train
 from dflash_jax.config import DrafterConfig, TargetConfig, read_json
+from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 from dflash_jax.pair import check_fit
+from dflash_jax.plan import plan
 from dflash_jax.sharding import RULES, param_axes, spec
 from dflash_jax.topology import parse_topology
 from train.configuration import read_config
+from train.plan_recipe import planned_recipe
 from train.run import DrafterRun
 
 RECIPES = sorted((Path(train.__file__).parent / "recipes").glob("*.yaml"))
@@ -60,10 +62,9 @@ def test_the_drafter_fits_and_has_the_published_size(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_mesh_is_the_pod_s_and_divides_models_and_batch(path):
     _, _, run, target, drafter = read(path)
-    pod = re.search(r"^# For (\S+) ", path.read_text(), re.MULTILINE)
-    assert pod is not None
+    assert run.pod is not None and f"# For {run.pod} " in path.read_text()
     sizes = dict(vars(run.mesh))
-    assert math.prod(sizes.values()) == parse_topology(pod[1]).num_devices
+    assert math.prod(sizes.values()) == parse_topology(run.pod).num_devices
     assert run.training.batch % math.prod(sizes[axis] for axis in RULES["batch"]) == 0
     assert 2.4e5 <= run.training.batch * run.data.length <= 3e5
     build = {Target: target, Drafter: drafter}
@@ -72,3 +73,26 @@ def test_the_mesh_is_the_pod_s_and_divides_models_and_batch(path):
         for _, variable in nnx.to_flat_state(state):
             shape = variable.get_value().shape
             spec(param_axes(variable, shape), shape, sizes)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_its_plan_is_of_its_own_sizes_and_leaves_room_on_the_pod(path):
+    model, _, run, _, drafter = read(path)
+    request, trained = planned_recipe(path, target=str(CONFIGS / f"{model}.json"), compile=False)
+    made = plan(request, trained)
+    assert (request.batch, request.context) == (run.training.batch, run.data.length)
+    assert made["rows"] == run.training.anchors * drafter.block_size
+    assert made["memory"]["arguments"] < 0.6 * made["memory"]["hbm"]
+    # The drafter alone, without attention: three or four products of every row with every weight.
+    state = nnx.state(nnx.eval_shape(lambda: Drafter(drafter, rngs=nnx.Rngs(0))))
+    layers = sum(math.prod(x.shape) for x in jax.tree.leaves(state["layers"]) if len(x.shape) > 1)
+    rows = run.training.batch * run.training.anchors * drafter.block_size / made["devices"]
+    assert made["roofline"]["flops"] > (6 + 2 * run.training.remat) * layers * rows
+
+
+def test_a_recipe_without_a_pod_needs_a_topology(tmp_path):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(f"target: {CONFIGS / 'qwen3-8b.json'}\nmesh: {{fsdp: 4}}\n")
+    with pytest.raises(InputError, match="names no pod; give --topology"):
+        planned_recipe(recipe)
+    assert planned_recipe(recipe, topology="v5e:2x2")[0].mesh == "fsdp=4"

@@ -1,0 +1,84 @@
+"""`python -m benchmarks.ablation [ROW ...]`: drafters for the embedded target, each with one thing more than the last.
+
+All learn from the same texts, with the same steps, anchors and optimiser; the second stage goes on from the row before
+it. Acceptance is that of the real loop on the 20 held-out prompts of `make bench`, 200 new tokens each. A row that is
+trained already is only measured again; a stopped run goes on. On two CPU cores a row takes an hour or two.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from benchmarks.prompts import held_out_prompts
+from dflash_jax.checkpoints import save_drafter
+from dflash_jax.decoding.generate import generate
+from dflash_jax.pair import Pair
+from train.drafter import DrafterTraining, Setting, train_drafter
+from train.embedded import EmbeddedPair, default_drafter, drafter_setting
+from train.evaluate import round_figures
+from train.loop import LoopConfig
+from train.memory import keep_memory
+
+OUT = Path("runs/ablation")
+PROMPTS, TOKENS = 20, 200
+SECOND_STAGE = 600  # steps
+
+
+def dflash() -> DrafterTraining:
+    """The backbone alone, with weights that fall along the block."""
+    best = default_drafter()
+    return replace(best, loss="decay", architecture=replace(best.architecture, convolution=False, selector_rank=0))
+
+
+def second_stage() -> DrafterTraining:
+    """Draft-OPD, at a tenth of the learning rate."""
+    best = default_drafter()
+    rate = best.optimizer.learning_rate / 10
+    optimizer = replace(best.optimizer, learning_rate=rate, adam_learning_rate=rate)
+    return replace(best, loss="opd", loop=LoopConfig(steps=SECOND_STAGE), optimizer=optimizer)
+
+
+ROWS: dict[str, Callable[[], DrafterTraining]] = {
+    "dflash": dflash,
+    "dpace": lambda: replace(dflash(), loss="dpace"),
+    "dflash2": default_drafter,
+    "opd": second_stage,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    keep_memory()
+    setting = drafter_setting(EmbeddedPair())
+    for name in parser.parse_args().rows or ROWS:
+        print(json.dumps({"row": name} | figures(train(name, setting), setting)), flush=True)
+
+
+def train(name: str, setting: Setting) -> Any:
+    """The drafter of a row, trained as far as that is missing."""
+    data = setting.data if name != "opd" else replace(setting.data, taps="online")  # it needs the target's own words
+    start = OUT / "dflash2" / "model" if name == "opd" else None
+    model, _ = train_drafter(ROWS[name](), replace(setting, out=OUT / name, data=data, start=start))
+    save_drafter(model, OUT / name / "model", jnp.float32)
+    return model
+
+
+def figures(drafter: Any, setting: Setting) -> dict[str, Any]:
+    """Tokens a round, and how often each position is kept, at the whole block and at the width that is shipped."""
+    prompts, found = held_out_prompts(PROMPTS), {}
+    for width in (drafter.config.block_size, EmbeddedPair().rows):
+        drafter.config = replace(drafter.config, block_size=width)
+        pair = Pair(setting.target, drafter, setting.tokenizer)
+        made = [generate(pair, [prompt], max_new_tokens=TOKENS, width=width)[0] for prompt in prompts]
+        found[f"block of {width}"] = round_figures(made, width)
+    return found
+
+
+if __name__ == "__main__":
+    main()

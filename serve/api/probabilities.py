@@ -1,0 +1,69 @@
+"""Log-probabilities as OpenAI's two kinds of completion show them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dflash_jax.decoding.output import Piece, TokenLogprobs
+from dflash_jax.text import REPLACEMENT, TextStream, Tokenizer
+
+LEAST = -9999.0  # in place of -infinity, which JSON does not have
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """One token by itself; special ones by their name, and a part of a character as a replacement character."""
+    return "" if tokenizer.core is None else tokenizer.core.decode([token], skip_special_tokens=False)
+
+
+def chat_logprobs(tokenizer: Tokenizer, piece: Piece) -> dict[str, Any] | None:
+    """Of a chat's tokens; None where they were not asked for."""
+    if piece.logprobs is None:
+        return None
+    entries = []
+    for token, found in zip(piece.tokens, piece.logprobs, strict=True):
+        top = [_entry(tokenizer, other, value) for other, value in found.top]
+        entries.append(_entry(tokenizer, token, found.logprob) | {"top_logprobs": top})
+    return {"content": entries, "refusal": None}
+
+
+def _entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, Any]:
+    text = token_text(tokenizer, token)
+    known = REPLACEMENT not in text  # the bytes of a part of a character are not in its text
+    return {"token": text, "logprob": max(value, LEAST), "bytes": list(text.encode()) if known else None}
+
+
+class CompletionLogprobs:
+    """Follows the pieces of one completion, whose tokens' places in the text are told too."""
+
+    def __init__(self, tokenizer: Tokenizer, before: int):
+        """`before`: characters that the answer has before the completion."""
+        self._tokenizer, self._stream, self._offset = tokenizer, TextStream(tokenizer), before
+
+    def follow(self, piece: Piece) -> dict[str, Any] | None:
+        """What a piece adds; None where it was not asked for."""
+        if piece.logprobs is None:
+            return None
+        offsets = []
+        for token in piece.tokens:
+            offsets.append(self._offset)
+            self._offset += len(self._stream.push(token))
+        return {
+            "tokens": [token_text(self._tokenizer, token) for token in piece.tokens],
+            "token_logprobs": [max(found.logprob, LEAST) for found in piece.logprobs],
+            "top_logprobs": [self._top(found) for found in piece.logprobs],
+            "text_offset": offsets,
+        }
+
+    def _top(self, found: TokenLogprobs) -> dict[str, float]:
+        """By text; of tokens that look alike, the likeliest."""
+        pairs = reversed(found.top)
+        return {token_text(self._tokenizer, token): max(value, LEAST) for token, value in pairs}
+
+
+def joined(parts: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Those of several pieces as one."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    return {
+        name: None if value is None else [x for part in known for x in part[name]] for name, value in known[0].items()
+    }

@@ -1,0 +1,91 @@
+"""What the device has done: its news become tokens of requests, and what is known of acceptance and cost."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dflash_jax.decoding.width import WidthController
+from dflash_jax.errors import InputError
+from serve.config import Resolved
+from serve.device import LAST
+from serve.dispatch import Batch, Flight
+from serve.news import News, news_of
+from serve.requests import Running
+from serve.stats import Stats
+
+
+class Collector:
+    """Reads the news of flights. `end` is called with each request that has come to its end, and why."""
+
+    def __init__(
+        self,
+        config: Resolved,
+        controller: WidthController,
+        stats: Stats,
+        end: Callable[[Running, str | Exception | None], None],
+    ):
+        self.config, self.controller, self.stats, self._end = config, controller, stats, end
+        self._last = 0.0  # when the news before these were there
+
+    def collect(self, flight: Flight) -> None:
+        """Read the news of a flight: the place where the host waits for the device."""
+        first, news = jax.device_get((flight.first, [batch.news for batch in flight.batches]))
+        now = time.perf_counter()
+        self.stats.host_syncs += 1
+        if flight.first is not None:
+            for row, chunk in zip(first, flight.chunks, strict=False):
+                self.stats.prefill_tokens += chunk.count
+                if chunk.kind == LAST and not chunk.running.done:
+                    said = news_of(row, 0, 1, self.config.everything.logprobs)
+                    self._take(chunk.running, said, expected=(1, 1), width=1)
+        alone = not flight.chunks and len(flight.batches) == 1
+        for batch, rows in zip(flight.batches, news, strict=True):
+            seconds = now - max(self._last, flight.since) if alone else None
+            self._take_batch(batch, rows, seconds)
+        self._last = now
+
+    def _take_batch(self, batch: Batch, news: np.ndarray, seconds: float | None) -> None:
+        """What came of a batch of rounds; `seconds` is how long they took, where that is known."""
+        plan = batch.plan
+        rounds = 1 if plan.grammar else self.config.sizes.rounds
+        said = [news_of(news[place], rounds, rounds * plan.width, plan.settings.logprobs) for place in batch.places]
+        self._learn(batch, [entry.counts for entry in said], seconds)
+        expected = (1 if plan.leave else plan.rounds), plan.rounds * plan.width
+        for r, entry in zip(batch.rows, said, strict=True):
+            if not r.done:
+                self._take(r, entry, expected=expected, width=plan.width)
+
+    def _take(self, r: Running, said: News, *, expected: tuple[int, int], width: int) -> None:
+        """What a request has said; `expected` is how much was thought to be the least and the most."""
+        before, emitted, counts = len(r.output.tokens), len(said.tokens), said.counts
+        kept = emitted if r.matcher is None else r.matcher.take(said.tokens)
+        r.output.extend(said.tokens[:kept], counts, said.logprobs)
+        r.least += emitted - expected[0]
+        r.most += emitted - expected[1]
+        self.stats.tokens += len(r.output.tokens) - before
+        if width > 1:
+            r.drafted += (width - 1) * len(counts)
+            r.accepted += sum(counts) - len(counts)
+        if r.matcher is not None and r.matcher.error is not None:
+            self._end(r, InputError(f"the grammar cannot be followed: {r.matcher.error}"))
+        elif r.matcher is not None and r.matcher.complete:
+            self._end(r, "stop")
+        elif said.ended or r.output.transcript.stopped:
+            self._end(r, None)
+        elif piece := r.output.piece():
+            r.handle.put(piece)
+
+    def _learn(self, batch: Batch, counts: list[list[int]], seconds: float | None) -> None:
+        """Acceptance and cost of the rounds, for the controller and for whoever watches."""
+        plan = batch.plan
+        drafting = [count for r, row in zip(batch.rows, counts, strict=True) if r.cold is None for count in row]
+        done = max(map(len, counts), default=0)
+        self.stats.saw_rounds(plan.width, [count for row in counts for count in row], done)
+        if plan.grammar:
+            return  # drafts that break a grammar say nothing of the others
+        if plan.width > 1:
+            self.controller.observe_counts(plan.width, drafting)
+        if seconds is not None and done:
+            self.controller.observe_cost(plan.load, plan.width, seconds / done)

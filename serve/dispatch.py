@@ -1,0 +1,148 @@
+"""What runs next: prompts into slots, chunks of them, and rounds of all that decode."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+
+from dflash_jax.decoding.width import WidthController
+from serve.config import Plan, Resolved
+from serve.programs import Drafted, Programs
+from serve.requests import Running
+from serve.scheduler import Chunk, Scheduler
+from serve.stats import Stats
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rounds on the device, and what their news are about."""
+
+    plan: Plan
+    rows: list[Running]
+    places: list[int]  # rows of the news that they are in
+    news: jax.Array
+
+
+@dataclass
+class Flight:
+    """One step's programs on the device."""
+
+    since: float
+    chunks: list[Chunk] = field(default_factory=list)
+    first: jax.Array | None = None  # news of the chunks
+    batches: list[Batch] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Rounds that there are pages for, the new ones as deltas."""
+
+    plan: Plan
+    rows: list[Running]
+    deltas: list[tuple[int, int, int]]
+
+
+class Dispatcher:
+    """Chooses and starts programs; waits for none of them but the drafts of requests with grammars."""
+
+    def __init__(
+        self, config: Resolved, scheduler: Scheduler, programs: Programs, controller: WidthController, stats: Stats
+    ):
+        self.config, self.scheduler, self.programs = config, scheduler, programs
+        self.controller, self.stats = controller, stats
+        drafter = programs.pair.drafter
+        self._drafts = drafter is not None and len(config.widths) > 1
+        self._longest = 0 if drafter is None else drafter.config.max_position
+
+    @property
+    def masked(self) -> bool:
+        """Whether requests with grammars run, whose next round needs the news of their last."""
+        return any(r.matcher is not None for r in self.scheduler.running)
+
+    def dispatch(self, more: bool) -> Flight | None:
+        """The next programs; None: there is nothing to do, or not before the news of others, of which `more` come."""
+        while (admitted := self.scheduler.admit()) is not None:
+            self.programs.admit(*admitted)
+            self.stats.admitted(admitted[0])
+        flight = Flight(time.perf_counter())
+        if (prefill := self.scheduler.chunks(self.config.prefill)) is not None:
+            flight.chunks = prefill[1]
+            flight.first = self.programs.prefill(*prefill)
+        more = more or bool(flight.chunks)
+        masked = self._reserve(self._masked_rows, self._masked_plans, more)
+        drafted = None if masked is None else self.programs.propose(masked.rows, masked.plan)
+        # While the host finds out what may follow the drafts, the device runs the others.
+        free = self._reserve(self._free_rows, self._plans, more or masked is not None)
+        if free is not None:
+            places, news = self.programs.rounds(free.rows, free.deltas, free.plan)
+            flight.batches.append(self._started(free, places, news))
+        if masked is not None and drafted is not None:
+            flight.batches.append(self._started(masked, drafted.places, self._check(masked, drafted)))
+        return flight if flight.chunks or flight.batches else None
+
+    def _reserve(
+        self, rows_now: Callable[[], list[Running]], plans: Callable[[list[Running]], tuple[Plan, ...]], more: bool
+    ) -> Reserved | None:
+        """The first plan with pages for all that may come of it; None: nobody is there to run, or too few pages."""
+        while rows := rows_now():
+            for plan in plans(rows):
+                if (deltas := self.scheduler.reserve(rows, plan.rounds * plan.width)) is not None:
+                    return Reserved(plan, rows, deltas)
+            if more:
+                return None  # with their news it will be known what is needed
+            if self.scheduler.preempt() is not None:
+                self.stats.preempted += 1
+        return None
+
+    def _started(self, reserved: Reserved, places: list[int], news: jax.Array) -> Batch:
+        plan = reserved.plan
+        for r in reserved.rows:
+            r.least += 1 if plan.leave else plan.rounds
+            r.most += plan.rounds * plan.width
+            if not plan.draft and r.cold is None:
+                r.cold = len(r.tokens) - 1
+        return Batch(plan, reserved.rows, places, news)
+
+    def _check(self, masked: Reserved, drafted: Drafted) -> jax.Array:
+        """Verify the drafts under their masks."""
+        drafts = [()] * len(masked.rows)
+        if masked.plan.width > 1:
+            drafts = drafted.tokens()
+            self.stats.host_syncs += 1
+        masks = [
+            r.matcher.masks(tokens, masked.plan.width)
+            for r, tokens in zip(masked.rows, drafts, strict=True)
+            if r.matcher is not None
+        ]
+        return self.programs.check(drafted, masks, masked.deltas)
+
+    def _free_rows(self) -> list[Running]:
+        return [r for r in self.scheduler.running if r.decoding and r.matcher is None]
+
+    def _masked_rows(self) -> list[Running]:
+        return [r for r in self.scheduler.running if r.decoding and r.matcher is not None and r.settled]
+
+    def _bucket(self, rows: list[Running]) -> int:
+        return next(b for b in self.config.buckets if b >= len(rows))
+
+    def _masked_plans(self, rows: list[Running]) -> tuple[Plan, ...]:
+        return (self.config.masked(self._bucket(rows)),)
+
+    def _plans(self, rows: list[Running]) -> tuple[Plan, ...]:
+        """How to run the next rounds of these requests, and how where pages are scarce."""
+        c, bucket, running = self.config, self._bucket(rows), self.scheduler.running
+        settings = c.plan_for(r.sampling.plan for r in rows)
+        load, others = (settings, bucket), any(r.waits_for_prefill or r.matcher is not None for r in running)
+        rounds = c.rounds_while_filling if others else c.sizes.rounds
+        share = sum(self._can_draft(r) for r in rows) / len(rows)
+        width, trial = self.controller.choose(load, share)
+        plain = width == 1 and (share == 0 or self.controller.settled(load))
+        rounds, leave = min(rounds, 2) if trial else rounds, bool(self.scheduler.waiting)
+        plan = Plan(bucket, settings, width, self._drafts and not plain, rounds, leave, load)
+        return plan, plan.of(rounds=1)
+
+    def _can_draft(self, r: Running) -> bool:
+        if self.programs.pair.drafter is None or r.cold is not None:
+            return False
+        return not self._longest or r.most + self.config.sizes.width <= self._longest

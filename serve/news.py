@@ -1,0 +1,48 @@
+"""What a dispatch tells the host: one row of int32 a request, so that one read brings everything."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from dflash_jax.decoding.output import HostLogprobs
+from dflash_jax.decoding.round import DecodeState
+
+HEADER = 3  # numbers before the counts: tokens emitted, whether the request has ended, rounds
+
+
+def news_row(part: DecodeState, before: Int[Array, "B"], room: int) -> Int[Array, "B n"]:
+    """Of a batch that had `before` tokens, and has got up to `room` more."""
+    batch, at = before.shape[0], before[:, None] + jnp.arange(room)
+    emitted = jnp.take_along_axis(part.tokens, at, axis=1, mode="clip")
+    header = jnp.stack([part.known - before, part.finished.astype(jnp.int32), part.rounds], 1)
+    columns = [header, part.counts, emitted]
+    if part.logprobs is not None:
+        rows = part.logprobs.rows
+        bits = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (rows.own, rows.top))
+        columns += [x.reshape(batch, -1) for x in (*bits, rows.ids)]
+    return jnp.concatenate(columns, 1)
+
+
+@dataclass(frozen=True)
+class News:
+    """What one request has said."""
+
+    tokens: list[int]
+    counts: list[int]  # rows accepted in each round
+    ended: bool
+    logprobs: HostLogprobs | None
+
+
+def news_of(row: np.ndarray, rounds: int, room: int, top: int) -> News:
+    """From a row that has counts of so many rounds, and `top` likely tokens beside each of `room` (0: no logprobs)."""
+    emitted, ended, done = row[:HEADER].tolist()
+    counts, start = row[HEADER : HEADER + done].tolist(), HEADER + rounds
+    tokens, found = row[start : start + emitted].tolist(), None
+    if top:
+        own, likely, ids = np.split(row[start + room :], [room, room + room * top])
+        values = own.view(np.float32), likely.view(np.float32).reshape(room, top), ids.reshape(room, top)
+        found = values[0][:emitted], values[1][:emitted], values[2][:emitted]
+    return News(tokens, counts, bool(ended), found)

@@ -1,0 +1,125 @@
+"""The programs of the engine that run the models: a chunk of prompts, and rounds.
+
+Each takes the slots it works on from the state, as a batch of its own, and puts them back. So the host only sends which
+slots, and which pages are new; and it can dispatch the next program before it has seen what the last one did.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from dflash_jax.cache import Recurrence, TargetCache
+from dflash_jax.decoding.acceptance import decide
+from dflash_jax.decoding.generate import PRODUCTS
+from dflash_jax.decoding.prefill import prefill_rows
+from dflash_jax.decoding.proposal import plain_proposal
+from dflash_jax.decoding.round import DecodeState, decode_round, emit, mask_of
+from dflash_jax.decoding.sampling import SamplingPlan
+from serve.batch import put_back, taken
+from serve.device import LAST, RESUMED, Sizes, Slots
+from serve.news import news_row
+
+
+def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
+    """The state with new pages in its tables: (slot, entry, page) each, a slot past the last for none."""
+    cache = state.decode.cache
+    assert cache.page_table is not None
+    slots, entries, pages = deltas.reshape(-1, 3).T
+    table = cache.page_table.at[slots, entries].set(pages, mode="drop")
+    return replace(state, decode=replace(state.decode, cache=replace(cache, page_table=table)))
+
+
+@partial(
+    jax.jit,
+    static_argnames=("graph", "bucket", "sizes", "width", "plan", "draft"),
+    donate_argnames=("state",),
+    compiler_options=PRODUCTS,
+)
+def run_rounds(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    state: Slots,
+    order: Int[Array, " n"],
+    *,
+    bucket: int,
+    sizes: Sizes,
+    width: int,
+    plan: SamplingPlan,
+    draft: bool,
+) -> tuple[Slots, Int[Array, "B n"]]:
+    """Rounds of some slots in one dispatch, and the news of them.
+
+    `order` is one array, so that the host sends one: the slots (past the last: none), how many rounds, whether to stop
+    as soon as a request has ended, and new pages as (slot, entry of its table, page).
+    """
+    target, drafter = nnx.merge(graph, weights)
+    slots, (rounds, leave), deltas = order[:bucket], order[bucket : bucket + 2], order[bucket + 2 :]
+    state = with_pages(state, deltas)
+    part, sampling, there = taken(state, slots, plan, width, sizes.rounds, draft, bucket == sizes.slots)
+    before, ended = part.known, part.finished
+
+    def unfinished(carry: tuple[Array, DecodeState]) -> Array:
+        done, now = carry
+        left = (leave > 0) & jnp.any(now.finished & ~ended)
+        return (done < rounds) & ~jnp.all(now.finished) & ~left
+
+    def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        return carry[0] + 1, decode_round(target, drafter if draft else None, carry[1], sampling, width)
+
+    part = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), part))[1]
+    state = put_back(state, part, slots, there, sizes.width, bucket == sizes.slots)
+    return state, news_row(part, before, sizes.rounds * width)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("graph", "shape", "sizes", "plan"),
+    donate_argnames=("state",),
+    compiler_options=PRODUCTS,
+)
+def run_prefill(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    state: Slots,
+    order: Int[Array, "4 P"],
+    *,
+    shape: tuple[int, int],
+    sizes: Sizes,
+    plan: SamplingPlan,
+) -> tuple[Slots, Int[Array, "P n"]]:
+    """The next tokens of some prompts through both models, and the first token of those that end here.
+
+    `order`: slot, how many tokens, MIDDLE, LAST or RESUMED, and the checkpoint to keep the recurrent state in (past the
+    last: none). `shape` is (prompts, most tokens of each).
+    """
+    target, drafter = nnx.merge(graph, weights)
+    slots, count, kind, save = order
+    part, sampling, there = taken(state, slots, plan, sizes.width, 0, True, False)
+    at = part.cache.lengths[:, None] + jnp.arange(shape[1])
+    rows = jnp.take_along_axis(part.tokens, at, axis=1, mode="clip")
+    cache, draft_cache, end = prefill_rows(target, drafter, rows, count, part.cache, part.draft_cache)
+    part = replace(part, cache=cache, draft_cache=draft_cache, finished=there & (kind != LAST))
+    anchor = jnp.take_along_axis(part.tokens, jnp.maximum(part.known - 1, 0)[:, None], axis=1)[:, 0]
+    before, end = part.known, end[:, None]
+    words = None if state.words is None else state.words[slots][:, None]
+    mask = mask_of(part, sampling, before[:, None], words)
+    first = decide(target.head, end, plain_proposal(anchor), before[:, None], sampling, part.history, mask)
+    found = None if part.logprobs is None else part.logprobs.read(target.head, end, first.emitted)
+    part = emit(part, first.emitted, jnp.where(kind == LAST, first.count, 0), found)
+    news = news_row(part, before, 1)
+    part = replace(part, finished=jnp.where(kind == RESUMED, False, part.finished))
+    state = replace(state, checkpoints=_kept(state, cache, save))
+    return put_back(state, part, slots, there, sizes.width, False), news
+
+
+def _kept(state: Slots, cache: TargetCache, save: Int[Array, "P"]) -> tuple[tuple[Array, Array], ...]:
+    """The checkpoints with the recurrent states after a prefill, which have nothing pending."""
+    layers = [layer for layer in cache.layers if isinstance(layer, Recurrence)]
+    return tuple(
+        (states.at[save].set(layer.state, mode="drop"), tails.at[save].set(layer.conv, mode="drop"))
+        for (states, tails), layer in zip(state.checkpoints, layers, strict=True)
+    )

@@ -1,0 +1,134 @@
+"""The embedded pair behind a real server, with a tokenizer that has a chat template and some long tokens."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from tokenizers.pre_tokenizers import ByteLevel
+
+import dflash_jax
+from dflash_jax.pair import EMBEDDED
+from dflash_jax.text import load_tokenizer
+from serve.api.app import create_app
+from serve.config import EVERYTHING, GREEDY, EngineConfig
+from serve.engine import Engine
+from tests.serve import engines
+
+MODEL = "tiny"
+CONFIG = EngineConfig(
+    slots=4, buckets=(4,), max_length=512, widths=(1, 6), adaptive=False, rounds=4, prefill=((2, 64),),
+    plans=(GREEDY, EVERYTHING), logprobs=5,
+)  # fmt: skip
+TEMPLATE = (
+    r"{% for tool in tools or [] %}# {{ tool | tojson }}{{ '\n' }}{% endfor %}"
+    r"{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    r"{% for call in message.tool_calls or [] %}"
+    r" {{ call.function.name }}({{ call.function.arguments.a + 1 }}){% endfor %}"
+    r"{{ '\n' }}{% endfor %}"
+    r"{% if add_generation_prompt %}<assistant{{ ' think' if enable_thinking else '' }}>{% endif %}"
+)
+# Texts that tests make the model say are whole tokens: they take the place of the last that the tokenizer has learnt.
+SAID = [
+    "Sure.", "\n<tool", "_call>\n{", '"name": "add", "arg', 'uments": {"a": 1, ', '"b": "x y"}}\n', "</tool_c", "all>",
+    "\n<tool_call>\n<function=add>\n<para", "meter=a>\n7\n</parameter>\n<parameter=b>\n", "8\n</parameter>\n</func",
+    "tion>\n</tool_call>", "\n<tool_call>oh no",
+]  # fmt: skip
+VOCAB = 2048
+
+
+def make_tokenizer(folder: Path):
+    facts = json.loads((EMBEDDED / "tokenizer" / "tokenizer.json").read_text())
+    model, level = facts["model"], ByteLevel(add_prefix_space=False, use_regex=False)
+    gone = {"".join(pair) for pair in model["merges"][-len(SAID) :]}
+    model["merges"] = model["merges"][: -len(SAID)]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in gone}
+    for i, text in enumerate(SAID):
+        model["vocab"][level.pre_tokenize_str(text)[0][0]] = VOCAB - len(SAID) + i
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+    (folder / "tokenizer_config.json").write_text((EMBEDDED / "tokenizer" / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return load_tokenizer(folder, VOCAB)
+
+
+def say(tokenizer, *texts: str) -> dict:
+    """Settings with which the model says just this and ends: each token is wanted less than the one before it, and no
+    more once it was said. No token may be there twice."""
+    ids = [i for t in texts for i in ([VOCAB - len(SAID) + SAID.index(t)] if t in SAID else tokenizer.encode(t))]
+    assert len({*ids, 0}) == len(ids) + 1
+    bias = {str(token): 1e5 - 100 * i for i, token in enumerate([*ids, 0])}  # 0 ends it
+    return {"logit_bias": bias, "temperature": 0, "extra_body": {"repetition_penalty": 1e6}}
+
+
+@dataclass
+class Served:
+    """A server that runs, and the engine behind it."""
+
+    url: str
+    engine: Engine
+
+    @property
+    def tokenizer(self):
+        return self.engine.pair.tokenizer
+
+    def wait_idle(self) -> None:
+        """Until nothing is left of any request; fails if something is after a while."""
+        until = time.monotonic() + 30
+        while self.engine.stats.unfinished or self.engine._flights:
+            assert time.monotonic() < until, "requests are left behind"
+            time.sleep(0.02)
+        engines.check_idle(self.engine)
+
+
+def make_engine(folder: Path) -> Engine:
+    pair = dflash_jax.load()
+    return Engine(replace(pair, tokenizer=make_tokenizer(folder)), CONFIG)
+
+
+def make_app(engine: Engine, **options) -> FastAPI:
+    return create_app(engine, MODEL, **options)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """uvicorn in a thread; its address."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as sock:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        until = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < until, "the server does not start"
+            time.sleep(0.01)
+        try:
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def events(response: httpx.Response) -> Iterator[dict]:
+    """The data of server-sent events, up to [DONE]."""
+    for line in response.iter_lines():
+        if line == "data: [DONE]":
+            return
+        if line:
+            assert line.startswith("data: ")
+            yield json.loads(line[6:])
+    raise AssertionError("the stream has no end")
+
+
+def texts(choices: Sequence, count: int) -> list[str]:
+    """What each choice of streamed completions adds up to."""
+    found = [""] * count
+    for choice in choices:
+        found[choice.index] += choice.text
+    return found
