@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,15 +74,15 @@ class Report:
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
-def cases(pair: Pair, count: int, new_tokens: int, longest: int) -> list[Case]:
-    """Requests of all kinds with prompts of 1 to `longest` tokens, some of which begin alike."""
+def cases(pair: Pair, count: int, new_tokens: int, longest: int, kinds: Sequence[dict[str, Any]] = KINDS) -> list[Case]:
+    """Requests of all kinds of settings, with prompts of 1 to `longest` tokens, some of which begin alike."""
     rng, vocab = np.random.default_rng(0), pair.target.config.vocab_size
     starts = [rng.integers(2, vocab, longest // 2).tolist() for _ in range(3)]
     prompts = [rng.integers(2, vocab, rng.integers(1, longest // 2 + 1)).tolist() for _ in range(count)]
     prompts = [starts[i % 3] + p if i % 4 == 0 else p for i, p in enumerate(prompts)]
     found = []
-    for kind, settings in enumerate(KINDS):
-        own = prompts[kind :: len(KINDS)]
+    for kind, settings in enumerate(kinds):
+        own = prompts[kind :: len(kinds)]
         for prompt, result in zip(own, generate(pair, own, max_new_tokens=new_tokens, **settings), strict=True):
             found.append(Case(Request(prompt, new_tokens, **settings), result.tokens))
     return found

@@ -105,6 +105,11 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     length = longest if c.max_length is None else c.max_length
     if not 2 <= length <= longest:
         raise InputError(f"max_length is {length}; give 2 to {longest}, the model's positions")
+    if pair.batch_multiple > 1:
+        raise InputError(
+            f"the mesh spreads the batch over {pair.batch_multiple} devices, and an engine's pages are of no one "
+            "sequence; give a mesh of expert and tensor, and more replicas for more requests"
+        )
     widths = _widths(pair, c)
     buckets = _buckets(c)
     if any(tokens % c.page_size for _, tokens in c.prefill) and c.prefix_cache:

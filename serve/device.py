@@ -21,6 +21,7 @@ from dflash_jax.decoding.prefill import prefill_rows
 from dflash_jax.decoding.proposal import plain_proposal
 from dflash_jax.decoding.round import DecodeState, decode_round, emit
 from dflash_jax.decoding.sampling import History, Sampling, SamplingPlan
+from dflash_jax.sharding import constrain
 
 STOPS = 16  # stop ids a request can have
 MIDDLE, LAST, RESUMED = 0, 1, 2  # chunks of a prompt: more follow; the first token follows; it is known already
@@ -66,6 +67,22 @@ class Slots:
     checkpoints: tuple[tuple[Array, Array], ...]  # state and convolution tail of each recurrent layer, by checkpoint
 
 
+def laid_out(state: Slots) -> Slots:
+    """The state where the context's mesh wants it: heads are spread, all else every device has.
+
+    All programs give it back so; the next one then finds it as it was compiled for.
+    """
+    d, whole = state.decode, partial(jax.tree.map, lambda x: constrain(x, "..."))
+    decode = whole(replace(d, cache=replace(d.cache, layers=()), draft_cache=None))
+    drafted = None if d.draft_cache is None else DrafterCache(tuple(x.laid_out() for x in d.draft_cache.layers))
+    kept = (
+        (constrain(matrix, None, "key_heads", "..."), constrain(tail, None, None, "key_heads", None))
+        for matrix, tail in state.checkpoints
+    )
+    cache = replace(decode.cache, layers=tuple(x.laid_out() for x in d.cache.layers))
+    return Slots(replace(decode, cache=cache, draft_cache=drafted), whole(state.sampling), tuple(kept))
+
+
 @partial(jax.jit, static_argnames=("target", "drafter", "dtype", "sizes"))
 def empty(target: TargetConfig, drafter: DrafterConfig | None, dtype: Any, sizes: Sizes) -> Slots:
     """No request anywhere."""
@@ -96,7 +113,7 @@ def empty(target: TargetConfig, drafter: DrafterConfig | None, dtype: Any, sizes
         for layer in cache.layers
         if isinstance(layer, Recurrence)
     )
-    return Slots(decode, sampling, tuple(kept))
+    return laid_out(Slots(decode, sampling, tuple(kept)))
 
 
 def _room_for(rows: Array, count: int) -> Array:
@@ -156,9 +173,8 @@ def admit(state: Slots, new: Admission) -> Slots:
         history=history,
     )
     own = replace(new.sampling, plan=state.sampling.plan)
-    return replace(
-        state, decode=decode, sampling=jax.tree.map(lambda old, one: old.at[at].set(one[0]), state.sampling, own)
-    )
+    settings = jax.tree.map(lambda old, one: old.at[at].set(one[0]), state.sampling, own)
+    return laid_out(replace(state, decode=decode, sampling=settings))
 
 
 def _taken(
@@ -271,7 +287,7 @@ def run_rounds(
     emitted = jnp.take_along_axis(part.tokens, at, axis=1, mode="clip")
     header = jnp.stack([part.known - before, part.finished.astype(jnp.int32), part.rounds], 1)
     state = _with(state, part, slots, there, sizes.width, bucket == sizes.slots)
-    return state, jnp.concatenate([header, part.counts, emitted], 1)
+    return laid_out(state), constrain(jnp.concatenate([header, part.counts, emitted], 1), "...")
 
 
 @partial(
@@ -309,7 +325,7 @@ def run_prefill(
     news = jnp.stack([part.known - before, part.finished.astype(jnp.int32), jnp.zeros_like(before), first.bonus], 1)
     part = replace(part, finished=jnp.where(kind == RESUMED, False, part.finished))
     state = replace(state, checkpoints=_kept(state, cache, save))
-    return _with(state, part, slots, there, sizes.width, False), news
+    return laid_out(_with(state, part, slots, there, sizes.width, False)), constrain(news, "...")
 
 
 def _kept(state: Slots, cache: TargetCache, save: Int[Array, "P"]) -> tuple[tuple[Array, Array], ...]:

@@ -56,7 +56,7 @@ class Engine:
         recurrent = c.sizes.checkpoints if self.programs.recurrent else None
         prefix = PrefixCache(pages, c.sizes.page, recurrent) if c.prefix_cache else None
         self.scheduler = Scheduler(c.sizes.slots, c.sizes.page, c.sizes.rounds * c.sizes.width, pages, prefix)
-        self.controller = WidthController(c.widths)
+        self.controller = self._make_controller()
         self.controller.fixed = None if c.adaptive else c.widths[-1]
         self.programs.warm_up(self.controller)
         self.stats = Stats()
@@ -70,6 +70,9 @@ class Engine:
         self._error: Exception | None = None
         self._last = 0.0
 
+    def _make_controller(self) -> WidthController:
+        return WidthController(self.config.widths)
+
     # What senders call, from any thread.
 
     def submit(self, request: Request, deliver: Callable[[Event], None] | None = None) -> Handle:
@@ -82,15 +85,23 @@ class Engine:
         with self._lock:
             self._arrivals += 1
             order = self._arrivals
-        running = prepare(self.pair, handle, order, self.config.sizes.length, self.config.sizes.settings)
+        running = self._prepare(handle, order)
         with self._lock:
             self.stats.submitted += 1
         self._commands.put(("submit", handle, running))
         return handle
 
+    def _prepare(self, handle: Handle, order: int) -> Running:
+        return prepare(self.pair, handle, order, self.config.sizes.length, self.config.sizes.settings)
+
     def cancel(self, handle: Handle) -> None:
         """End a request soon; nothing happens to one that has ended."""
         self._commands.put(("cancel", handle, None))
+
+    @property
+    def error(self) -> Exception | None:
+        """What has ended the loop, if anything has."""
+        return self._error
 
     def start(self) -> "Engine":
         """Run the loop in a thread of its own."""
@@ -145,13 +156,15 @@ class Engine:
 
     def _take_commands(self, wait: bool) -> None:
         while wait or not self._commands.empty():
-            kind, handle, running = self._commands.get()
+            self._obey(*self._commands.get())
             wait = False
-            if running is not None:
-                self._requests[handle] = running
-                self.scheduler.waiting.append(running)
-            elif kind == "cancel" and (known := self._requests.get(handle)) is not None:
-                self._end(known, "cancelled")
+
+    def _obey(self, kind: str, handle: Handle, running: Running | None) -> None:
+        if running is not None:
+            self._requests[handle] = running
+            self.scheduler.waiting.append(running)
+        elif kind == "cancel" and (known := self._requests.get(handle)) is not None:
+            self._end(known, "cancelled")
 
     def _end(self, running: Running, reason: str | None = None) -> None:
         """Free what a request holds, and tell its sender. Programs in flight may still run it: nobody reads them."""

