@@ -30,14 +30,23 @@ SECOND_STAGE = 600  # steps
 
 
 def dflash() -> DrafterTraining:
-    """The backbone alone, with weights that fall along the block."""
-    best = default_drafter()
-    return replace(best, loss="decay", architecture=replace(best.architecture, convolution=False, selector_rank=0))
+    """The backbone alone, with weights that fall along the block: larger than the one that is shipped."""
+    shipped = default_drafter()
+    optimizer = replace(shipped.optimizer, adam_learning_rate=2e-3)
+    return replace(
+        shipped, optimizer=optimizer, architecture=replace(shipped.architecture, num_layers=3, intermediate_size=512)
+    )
+
+
+def dflash2() -> DrafterTraining:
+    """With convolutions and a selector, and D-PACE's weights."""
+    first = dflash()
+    return replace(first, loss="dpace", architecture=replace(first.architecture, convolution=True, selector_rank=64))
 
 
 def second_stage() -> DrafterTraining:
     """Draft-OPD, at a tenth of the learning rate."""
-    best = default_drafter()
+    best = dflash2()
     rate = best.optimizer.learning_rate / 10
     optimizer = replace(best.optimizer, learning_rate=rate, adam_learning_rate=rate)
     return replace(best, loss="opd", loop=LoopConfig(steps=SECOND_STAGE), optimizer=optimizer)
@@ -46,7 +55,7 @@ def second_stage() -> DrafterTraining:
 ROWS: dict[str, Callable[[], DrafterTraining]] = {
     "dflash": dflash,
     "dpace": lambda: replace(dflash(), loss="dpace"),
-    "dflash2": default_drafter,
+    "dflash2": dflash2,
     "opd": second_stage,
 }
 
@@ -54,9 +63,12 @@ ROWS: dict[str, Callable[[], DrafterTraining]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    names = parser.parse_args().rows or list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"there is no row {unknown[0]}; give some of {', '.join(ROWS)}")
     keep_memory()
     setting = drafter_setting(EmbeddedPair())
-    for name in parser.parse_args().rows or ROWS:
+    for name in names:
         print(json.dumps({"row": name} | figures(train(name, setting), setting)), flush=True)
 
 

@@ -22,7 +22,7 @@ BEGIN, END = "<!-- Written by `make recipe-docs`. -->", "<!-- End of what it wri
 
 
 def main() -> int:
-    """Plan what is missing, and write the table after every plan."""
+    """Plan the recipes that are named, and write the table of all that were ever planned."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*", help="names of recipes; all if left out")
     parser.add_argument("--no-compile", action="store_true", help="compute only")

@@ -46,14 +46,11 @@ def default_target() -> TargetTraining:
 
 
 def default_drafter() -> DrafterTraining:
-    """The embedded drafter: DFlash 2, trained with D-PACE."""
+    """The embedded drafter, as it is shipped."""
     return DrafterTraining(
-        architecture=DrafterArchitecture(
-            num_layers=3, head_dim=64, intermediate_size=512, convolution=True, selector_rank=64
-        ),
-        loop=LoopConfig(steps=2400),
-        optimizer=OptimizerConfig("muon", learning_rate=5e-3, adam_learning_rate=2e-3),
-        loss="dpace",
+        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384),
+        loop=LoopConfig(steps=4000),
+        optimizer=OptimizerConfig("muon", learning_rate=5e-3),
         anchors=64,
     )
 
