@@ -1,4 +1,4 @@
-"""Pallas' interpreters keep a kernel's memory for debugging when it fails, which would make the next kernel fail too."""
+"""Pallas' interpreters keep the memory of a kernel that failed, which would make the next kernel fail too."""
 
 from collections.abc import Iterator
 
