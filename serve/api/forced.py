@@ -28,7 +28,7 @@ def forced(body: ChatBody) -> list[Signature]:
     inner = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise InputError(
-            f"tool_choice is {str(choice)[:80]!r}; give auto, none, required, or "
+            f"tool_choice is {str(choice)[:80]}; give auto, none, required, or "
             "{'type': 'function', 'function': {'name': ...}}"
         )
     if named := [function for function in functions if function.name == inner["name"]]:

@@ -228,7 +228,7 @@ def test_a_call_that_has_to_come(served, client, choice, more, reason):
     with client.chat.completions.stream(**settings, temperature=0) as stream:
         final = stream.get_final_completion().choices[0]
     assert [c.function.arguments for c in final.message.tool_calls] == [call.function.arguments]
-    assert (final.message.content, final.finish_reason) == (None, reason)
+    assert (final.message.content or None, final.finish_reason) == (None, reason)
 
 
 THOUGHT = servers.SAID[13:17]
