@@ -144,5 +144,6 @@ def test_bad_options(capfd):
 
 def test_a_missing_extra_is_named(capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "serve.command", raising=False)
+    for name in ("serve.command", "serve.api.server"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     assert "uvicorn; pip install 'dflash-jax[serve]'" in refused(capfd)
