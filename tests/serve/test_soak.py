@@ -1,6 +1,7 @@
 """The soak in short: hundreds of requests and cancels, and nothing is left behind."""
 
 import re
+from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -48,21 +49,24 @@ def test_a_wrong_output_is_a_problem(engine, pool):
     assert all(re.fullmatch(r"request \d gave \[.+\], not \[.+\]", problem) for problem in problems)
 
 
-def test_what_is_left_behind_is_a_problem(engine, pool, tmp_path, monkeypatch):
+def test_what_is_left_behind_is_a_problem(engine, pool, tmp_path):
     """A page, a slot, a request, a file."""
-    scheduler, soak = engine.scheduler, short(engine, pool)
-    pages = scheduler.pages.take(1)
-    problems = soak.done().problems
-    scheduler.pages.release(pages)
-    assert problems == ["pages: holders are not the sequences", "1 pages are held by nobody"]
     soak = short(engine, pool)
-    with monkeypatch.context() as patch:
-        patch.setattr(scheduler, "slots", [None, SimpleNamespace(order=0, pages=[]), None])
-        patch.setattr(engine.stats, "submitted", engine.stats.submitted + 2)
-        problems = soak.done().problems
-    assert problems == ["slots are taken: 1", "2 requests have not ended"]
+    pages = engine.scheduler.pages.take(1)
+    problems = soak.done().problems
+    engine.scheduler.pages.release(pages)
+    assert held_in(problems) == ["pages: holders are not the sequences", "1 pages are held by nobody"]
+    soak = short(engine, pool)
+    scheduler = copy(engine.scheduler)  # the engine's thread may still look at its own
+    scheduler.slots = [None, SimpleNamespace(order=0, pages=[]), None]
+    soak.engine = SimpleNamespace(scheduler=scheduler, stats=SimpleNamespace(unfinished=2, preempted=0))
+    assert held_in(soak.done().problems) == ["slots are taken: 1", "2 requests have not ended"]
     soak = short(engine, pool)
     with (tmp_path / "left").open("w"):
-        (problem,) = soak.done().problems
-    assert problem.startswith("threads and handles grew from")
-    assert not short(engine, pool).done().problems
+        assert any(problem.startswith("threads and handles grew from") for problem in soak.done().problems)
+    assert not held_in(short(engine, pool).done().problems)
+
+
+def held_in(problems: list[str]) -> list[str]:
+    """Without what other tests of this process may have left open meanwhile."""
+    return [problem for problem in problems if "grew" not in problem]
