@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+import dflash_jax
 from benchmarks.prompts import held_out_prompts
 from dflash_jax.checkpoints import save_drafter
 from dflash_jax.decoding.generate import generate
@@ -92,10 +93,10 @@ def train(name: str, setting: Setting) -> Any:
 
 def figures(drafter: Any, setting: Setting) -> dict[str, Any]:
     """Tokens a round, and how often each position is kept, at the whole block and at the width that is shipped."""
-    prompts, found = held_out_prompts(PROMPTS), {}
+    prompts, tokenizer, found = held_out_prompts(PROMPTS), dflash_jax.load().tokenizer, {}
     for width in (drafter.config.block_size, EmbeddedPair().rows):
         drafter.config = replace(drafter.config, block_size=width)
-        pair = Pair(setting.target, drafter, setting.tokenizer)
+        pair = Pair(setting.target, drafter, tokenizer)
         made = [generate(pair, [prompt], max_new_tokens=TOKENS, width=width)[0] for prompt in prompts]
         found[f"block of {width}"] = round_figures(made, width)
     return found
