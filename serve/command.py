@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 import dflash_jax
 from dflash_jax.errors import InputError
+from dflash_jax.sharding import make_mesh, mesh_sizes
 from serve.api.app import create_app
 from serve.config import EngineConfig
 from serve.engine import Engine
@@ -33,7 +34,8 @@ def serve(options: "ServeOptions") -> int:
     _check(options)
     key = options.api_key if options.api_key is not None else os.environ.get("DFLASH_API_KEY")
     with _bind(options.host, options.port) as sock:  # before minutes of compiling
-        pair = dflash_jax.load(options.target, options.drafter)
+        mesh = make_mesh(None, **mesh_sizes(options.mesh)) if options.mesh else None
+        pair = dflash_jax.load(options.target, options.drafter, mesh=mesh)
         if pair.tokenizer.can_chat:
             with contextlib.suppress(InputError):  # whoever chats will be told
                 pair.tokenizer.render([{"role": "user", "content": ""}])  # imports transformers, which takes seconds
@@ -46,7 +48,7 @@ def serve(options: "ServeOptions") -> int:
             logprobs=options.logprobs,
             grammar=options.grammar,
         )
-        model = options.model_name or _name(options.target)
+        model = options.model_name or model_name(options.target)
         with Engine(pair, config) as engine:
             app = create_app(engine, model, api_key=key or None, max_body_bytes=options.max_body_bytes)
             line = f"serving {model} at {_address(options.host, sock)}, {options.slots} requests at once"
@@ -102,7 +104,8 @@ def _check(options: "ServeOptions") -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")
 
 
-def _name(target: str | None) -> str:
+def model_name(target: str | None) -> str:
+    """What a checkpoint is called where nobody has named it."""
     return "dflash-embedded" if target is None else Path(target).resolve().name if Path(target).is_dir() else target
 
 

@@ -32,8 +32,11 @@ def _empty(pair: Pair, sizes: Sizes) -> partial[Slots]:
 
 
 def memory_of(pair: Pair, sizes: Sizes) -> Memory:
-    """What an engine of these sizes keeps on the device."""
-    state = jax.eval_shape(_empty(pair, sizes))
+    """What an engine of these sizes keeps on each device."""
+    with pair.on_mesh():
+        lowered = jax.jit(_empty(pair, sizes)).lower()
+    where = lowered.compile().output_shardings
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info, where)
     drafted = () if state.decode.draft_cache is None else state.decode.draft_cache.layers
     pools = [x for x in (*state.decode.cache.layers, *drafted) if isinstance(x, KeyValues)]
     page = device.bytes_of(pools) // sizes.pages
@@ -228,4 +231,4 @@ def _begun(state: Slots) -> Slots:
     ones = jnp.ones_like(d.known)
     cache = replace(d.cache, lengths=jnp.zeros_like(d.cache.lengths))
     decode = replace(d, cache=cache, known=ones, limit=ones * d.tokens.shape[1], finished=jnp.zeros_like(d.finished))
-    return replace(state, decode=decode)
+    return replace(state, decode=decode).laid_out()

@@ -1,0 +1,93 @@
+"""The engine on a mesh, as a program; its answers as JSON.
+
+python -m tests.serve.meshes FOLDER OUT.json MESH                    # FOLDER is as `write_pair` leaves it
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import dflash_jax
+from dflash_jax.decoding.generate import generate
+from dflash_jax.pair import Pair
+from dflash_jax.sharding import make_mesh, mesh_sizes
+from serve.config import FILTERED, GREEDY, EngineConfig
+from serve.engine import Engine
+from serve.grammar import Grammar
+from serve.programs import memory_of
+from serve.requests import Request
+from tests import sharded
+from tests.serve import engines
+
+NEW, REST, BEGIN = 20, 17, [0, 1, 2]
+CONFIG = EngineConfig(
+    slots=2, buckets=(2,), max_length=64, page_size=8, checkpoints=3, widths=(1, 4), adaptive=False, rounds=2,
+    prefill=((1, 16),), plans=(GREEDY, FILTERED),
+)  # fmt: skip
+
+
+def write_pair(folder: Path, selector: bool) -> None:
+    """That of `tests.sharded` with half the layers; without the selector the drafter is one of DFlash 1."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    taps = {"dflash_config": sharded.DRAFTER["dflash_config"] | {"target_layer_ids": [0, 1]}}
+    drafter = sharded.DRAFTER | taps | {"num_target_layers": 2, "num_hidden_layers": 1}
+    if not selector:
+        drafter = {name: drafter[name] for name in drafter if name.partition("_")[0] not in ("selector", "conv")}
+        drafter["architectures"] = ["DFlashDraftModel"]
+    sharded.write_pair(folder, sharded.TARGET | layers, drafter)
+
+
+def load(folder: Path, mesh: str | None = None) -> Pair:
+    made = None if mesh is None else make_mesh(**mesh_sizes(mesh))
+    pair = dflash_jax.load(folder / "target", folder / "drafter", mesh=made)
+    # One letter more than the model has: llguidance wants an end token.
+    return dataclasses.replace(pair, tokenizer=engines.letters(sharded.BASE["vocab_size"] + 1))
+
+
+def requests() -> list[Request]:
+    """More of them than there are slots: greedy, sampled, and one with a grammar, which says only how it begins."""
+    rng, settings = np.random.default_rng(1), ({}, {"temperature": 0.8, "top_p": 0.9})
+    prompts = [rng.integers(0, 15, n).tolist() for n in (3, 9, 21, 30, 5)]
+    free = [Request(p, NEW, seed=i, **settings[i % 2]) for i, p in enumerate(prompts)]
+    return [*free, Request(prompts[0], NEW, grammar=Grammar("regex", f"abc[a-p]{{{REST}}}"))]
+
+
+def expected(pair: Pair) -> list[list[int]]:
+    """The tokens of the requests by `generate`."""
+    *free, bound = requests()
+    settings = {name: [getattr(r, name) for r in free] for name in ("temperature", "top_p", "seed")}
+    answers = generate(pair, [r.prompt for r in free], max_new_tokens=NEW, **settings)
+    assert any(max(answer.acceptance_lengths) > 1 for answer in answers)
+    (rest,) = generate(pair, [[*bound.prompt, *BEGIN]], max_new_tokens=REST)
+    return [*(answer.tokens for answer in answers), [*BEGIN, *rest.tokens]]
+
+
+def answers(pair: Pair) -> list[list[int]]:
+    """The same by an engine. Nothing may be compiled once it is there."""
+    engine = Engine(pair, CONFIG)
+    compiled: list[str] = []
+    watch = logging.Handler()
+    watch.emit = lambda record: compiled.append(record.getMessage())
+    logging.getLogger("jax").addHandler(watch)
+    with jax.log_compiles():
+        found = engines.run(engine, requests())
+    assert not [message for message in compiled if "Compiling" in message], compiled
+    engines.check_idle(engine)
+    shards = [s for x in jax.tree.leaves((pair.split[1], engine.programs.state)) for s in x.addressable_shards]
+    assert memory_of(pair, engine.config.sizes).total == sum(s.data.nbytes for s in shards if s.device.id == 0)
+    return [result.tokens for result in found]
+
+
+def main() -> None:
+    folder, out, mesh = sys.argv[1:]
+    found = answers(load(Path(folder), mesh))
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
