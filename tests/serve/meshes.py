@@ -1,6 +1,7 @@
-"""The engine on a mesh, as a program; its answers as JSON.
+"""The engine on a mesh, of one process or of two, as a program; its answers as JSON.
 
 python -m tests.serve.meshes FOLDER OUT.json MESH                    # FOLDER is as `write_pair` leaves it
+python -m tests.serve.meshes FOLDER OUT.json MESH INDEX PORT PORT    # one of two processes
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from dflash_jax.sharding import make_mesh, mesh_sizes
 from serve.config import FILTERED, GREEDY, EngineConfig
 from serve.engine import Engine
 from serve.grammar import Grammar
+from serve.hosts import HostsEngine
+from serve.link import Link
 from serve.programs import memory_of
 from serve.requests import Request
 from tests import sharded
@@ -83,9 +86,32 @@ def answers(pair: Pair) -> list[list[int]]:
     return [result.tokens for result in found]
 
 
+def together(pair: Pair, port: int) -> dict:
+    """Of one of two processes: the leader's tokens, and what it has counted. One more request is cancelled midway."""
+    engine = HostsEngine(pair, dataclasses.replace(CONFIG, adaptive=True), Link("localhost", port, b"secret"))
+    tokens = []
+    if engine.link.leads:
+        with engine:
+            extra = engine.submit(dataclasses.replace(requests()[0], max_new_tokens=50))
+            handles = [engine.submit(request) for request in requests()]
+            next(iter(extra))
+            extra.cancel()
+            tokens = [h.result().tokens for h in handles]
+    else:
+        engine.follow()
+    engines.check_idle(engine)
+    counted = dataclasses.asdict(engine.stats) | {"acceptance": engine.controller.acceptance}
+    return {"tokens": tokens, "counted": {name: str(value) for name, value in counted.items()}}
+
+
 def main() -> None:
-    folder, out, mesh = sys.argv[1:]
-    found = answers(load(Path(folder), mesh))
+    folder, out, mesh, *process = sys.argv[1:]
+    if process:
+        index, *ports = map(int, process)
+        jax.distributed.initialize(f"localhost:{ports[0]}", num_processes=2, process_id=index)
+        found = together(load(Path(folder), mesh), ports[1])
+    else:
+        found = answers(load(Path(folder), mesh))
     Path(out).write_text(json.dumps(found))
 
 
