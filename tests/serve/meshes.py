@@ -43,13 +43,13 @@ def write_pair(folder: Path, selector: bool) -> None:
         drafter = {name: drafter[name] for name in drafter if name.partition("_")[0] not in ("selector", "conv")}
         drafter["architectures"] = ["DFlashDraftModel"]
     sharded.write_pair(folder, sharded.TARGET | layers, drafter)
+    # One letter more than the model has: llguidance wants an end token.
+    engines.letters(sharded.BASE["vocab_size"] + 1).core.save(str(folder / "target" / "tokenizer.json"))
 
 
 def load(folder: Path, mesh: str | None = None) -> Pair:
     made = None if mesh is None else make_mesh(**mesh_sizes(mesh))
-    pair = dflash_jax.load(folder / "target", folder / "drafter", mesh=made)
-    # One letter more than the model has: llguidance wants an end token.
-    return dataclasses.replace(pair, tokenizer=engines.letters(sharded.BASE["vocab_size"] + 1))
+    return dflash_jax.load(folder / "target", folder / "drafter", mesh=made)
 
 
 def requests() -> list[Request]:
