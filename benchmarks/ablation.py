@@ -26,15 +26,18 @@ from train.memory import keep_memory
 
 OUT = Path("runs/ablation")
 PROMPTS, TOKENS = 20, 200
-SECOND_STAGE = 600  # steps
+STEPS, SECOND_STAGE = 2600, 600
 
 
 def dflash() -> DrafterTraining:
     """The backbone alone, with weights that fall along the block: larger than the one that is shipped."""
     shipped = default_drafter()
-    optimizer = replace(shipped.optimizer, adam_learning_rate=2e-3)
     return replace(
-        shipped, optimizer=optimizer, architecture=replace(shipped.architecture, num_layers=3, intermediate_size=512)
+        shipped,
+        architecture=replace(shipped.architecture, num_layers=3, intermediate_size=512),
+        loop=LoopConfig(steps=STEPS),
+        optimizer=replace(shipped.optimizer, adam_learning_rate=2e-3),
+        anchors=48,
     )
 
 
@@ -42,6 +45,11 @@ def dflash2() -> DrafterTraining:
     """With convolutions and a selector, and D-PACE's weights."""
     first = dflash()
     return replace(first, loss="dpace", architecture=replace(first.architecture, convolution=True, selector_rank=64))
+
+
+def on_policy() -> DrafterTraining:
+    """With blocks that start where verification stopped other ones."""
+    return replace(dflash2(), on_policy=True)
 
 
 def second_stage() -> DrafterTraining:
@@ -56,6 +64,7 @@ ROWS: dict[str, Callable[[], DrafterTraining]] = {
     "dflash": dflash,
     "dpace": lambda: replace(dflash(), loss="dpace"),
     "dflash2": dflash2,
+    "on_policy": on_policy,
     "opd": second_stage,
 }
 
@@ -75,7 +84,7 @@ def main() -> None:
 def train(name: str, setting: Setting) -> Any:
     """The drafter of a row, trained as far as that is missing."""
     data = setting.data if name != "opd" else replace(setting.data, taps="online")  # it needs the target's own words
-    start = OUT / "dflash2" / "model" if name == "opd" else None
+    start = OUT / "on_policy" / "model" if name == "opd" else None
     model, _ = train_drafter(ROWS[name](), replace(setting, out=OUT / name, data=data, start=start))
     save_drafter(model, OUT / name / "model", jnp.float32)
     return model

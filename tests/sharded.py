@@ -20,8 +20,8 @@ BASE = {
 }
 TARGET = BASE | {
     "model_type": "qwen3_5_moe_text",
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
     "num_experts": 24,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
@@ -35,12 +35,12 @@ DRAFTER = BASE | {
     "architectures": ["DFlash2DraftModel"],
     "model_type": "qwen3",
     "block_size": 4,
-    "num_target_layers": 4,
+    "num_target_layers": 2,
     "num_hidden_layers": 2,
     "conv_kernel_size": 2,
     "selector_rank": 4,
     "selector_top_k": 3,
-    "dflash_config": {"mask_token_id": 15, "target_layer_ids": [0, 2]},
+    "dflash_config": {"mask_token_id": 15, "target_layer_ids": [0]},
 }
 LENGTHS = (3, 9, 140, 30, 5)
 NEW = 24
@@ -94,7 +94,9 @@ def outputs(folder: Path, mesh: dict | None) -> list:
 def main() -> None:
     folder, out, *rest = sys.argv[1:]
     several = "--process" in rest
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 if several else 8}"
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={4 if several else 8} --xla_backend_optimization_level=1"
+    )
     import jax
 
     if several:

@@ -97,12 +97,19 @@ def test_the_case_drafts_and_varies(expected):
         assert any(max(lengths) > 1 for _, lengths, _ in settings)
 
 
+@pytest.fixture(scope="module")
+def spread(folder, tmp_path_factory):
+    """The outputs on all meshes."""
+    path = tmp_path_factory.mktemp("meshes") / "out.json"
+    finish(start(folder, path, *map(json.dumps, MESHES)))
+    return json.loads(path.read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_a_mesh_gives_the_tokens_of_one_device(folder, expected, tmp_path, mesh):
+def test_a_mesh_gives_the_tokens_of_one_device(expected, spread, mesh):
     """Greedy and sampling, 8 devices; 5 prompts on 2 or 8 parts of the batch leave some of them idle."""
-    finish(start(folder, tmp_path / "out.json", json.dumps(mesh)))
-    assert json.loads((tmp_path / "out.json").read_text()) == {json.dumps(mesh): expected}
+    assert spread[json.dumps(mesh)] == expected
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ class Objective:
 
     Args:
         anchors: blocks of a sequence, at random places, new ones every time the sequence comes up
-        loss: position weights: "decay" is exp(-(k - 1) / gamma), "dpace" is D-PACE; "opd" is the second stage
+        on_policy: the blocks start where verification stopped blocks at such places, as those of decoding do
+        loss: position weights: "decay" is exp(-(k - 1) / gamma), "dpace" is D-PACE; "opd" is the second stage, on_policy
         gamma: of "decay"; 4 for blocks of 8, 5 for 10, 7 for 16
         rejected_decay: of "opd": a rejected row weighs so much less than the rejected row before it
         head_chunk: rows of logits made at once; 0 chooses
@@ -45,6 +46,7 @@ class Objective:
     """
 
     anchors: int = 48
+    on_policy: bool = False
     loss: Literal["decay", "dpace", "opd"] = "decay"
     gamma: float = 4.0
     rejected_decay: float = 0.8
@@ -100,7 +102,7 @@ def drafter_terms(
     key = jax.random.fold_in(jax.random.key(config.seed), batch["step"])
     anchors, real = sample_anchors(key, scene.mask, config.anchors, scene.segments, batch.get("row"))
     draft = partial(draft_blocks, drafter, target, scene, config)
-    if config.loss == "opd":  # on policy: a second block where verification stopped the first
+    if config.on_policy or config.loss == "opd":  # a second block where verification stopped the first
         blocks, _, rows = draft(anchors, real)
         reached = losses.accepted(correct(rows, blocks), blocks.weights).sum(-1).astype(jnp.int32)
         anchors, real = next_anchors(anchors, real, reached, scene.mask, scene.segments)

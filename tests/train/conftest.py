@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 
 from dflash_jax.models.target import Target
@@ -7,3 +9,13 @@ from tests.train import small
 @pytest.fixture(scope="session")
 def target() -> Target:
     return small.target()
+
+
+@pytest.fixture(scope="session")
+def children_share_programs(tmp_path_factory) -> Iterator[None]:
+    """Processes that tests start keep what they compile for those that come after; this one has no such cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        yield

@@ -1,8 +1,8 @@
 """Training steps of a small pair that 8 devices divide in every way; run as a program on many devices.
 
-python -m tests.train.sharded_step OUT.npz MESH                        # one process, 8 devices
-python -m tests.train.sharded_step OUT.npz MESH --process 0 PORT       # one of two processes, 4 devices each
-python -m tests.train.sharded_step OUT.npz MESH --checkpoint FOLDER MESH  # saved on one mesh, continued on the other
+python -m tests.train.sharded_step FOLDER MESH ...               # one process, 8 devices; FOLDER/0.npz and so on
+python -m tests.train.sharded_step FOLDER MESH --process 0 PORT  # one of two processes, 4 devices each
+python -m tests.train.sharded_step FOLDER MESH MESH --checkpoint # saved on one mesh, continued on the other
 """
 
 import json
@@ -12,17 +12,8 @@ from pathlib import Path
 
 from tests.sharded import DRAFTER, TARGET
 
-SMALL_TARGET = TARGET | {
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-    "num_experts": 8,
-}
-SMALL_DRAFTER = DRAFTER | {
-    "num_target_layers": 2,
-    "num_hidden_layers": 1,
-    "selector_rank": 8,
-    "dflash_config": {"mask_token_id": 15, "target_layer_ids": [0]},
-}
+SMALL_TARGET = TARGET | {"num_experts": 8}
+SMALL_DRAFTER = DRAFTER | {"num_hidden_layers": 1, "selector_rank": 8}
 STEPS = 2
 
 
@@ -166,8 +157,8 @@ def continued(mesh, folder: Path, other) -> dict:
 
 
 def main() -> None:
-    out, mesh, *rest = sys.argv[1:]
-    several = "--process" in rest
+    folder, *rest = sys.argv[1:]
+    several, restored = "--process" in rest, "--checkpoint" in rest
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={4 if several else 8} --xla_backend_optimization_level=1"
     )
@@ -177,13 +168,15 @@ def main() -> None:
     from dflash_jax.sharding import make_mesh
 
     if several:
-        index, port = map(int, rest[1:3])
+        index, port = map(int, rest[-2:])
         jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
-    made = make_mesh(**json.loads(mesh))
-    if "--checkpoint" in rest:
-        np.savez(out, **continued(made, Path(rest[1]), make_mesh(**json.loads(rest[2]))))
+    meshes = [make_mesh(**json.loads(text)) for text in rest if text.startswith("{")]
+    if restored:
+        found = [continued(meshes[0], Path(folder) / "run", meshes[1])]
     else:
-        np.savez(out, **outcome(made))
+        found = list(map(outcome, meshes))
+    for i, arrays in enumerate(found):
+        np.savez(Path(folder) / f"{i}.npz", **arrays)
 
 
 if __name__ == "__main__":

@@ -233,6 +233,12 @@ def test_the_second_stage_compares_distributions_at_the_drafters_own_errors(targ
     np.testing.assert_allclose(terms["opd"].value, total / weight, rtol=1e-4)
     np.testing.assert_allclose(terms["opd"].weight, weight, rtol=1e-5)
 
+    # Other losses have these blocks where they are asked to be on policy, also with taps from disk.
+    config = dataclasses.replace(CONFIG, on_policy=True)
+    batch = batch | {"taps": scene.taps}
+    _, metrics = jax.jit(functools.partial(drafter_terms, graphs, config))(params, frozen, batch)
+    np.testing.assert_allclose(metrics["nll"].value, acceptance_metrics(rows, blocks)["nll"].value, rtol=1e-5)
+
 
 def test_the_second_stage_cannot_use_features_from_disk(target):
     model = drafter(target)

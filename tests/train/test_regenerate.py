@@ -95,7 +95,7 @@ def test_a_drafter_changes_nothing(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_loses_and_doubles_nothing(whole, tmp_path):
+def test_a_run_that_is_killed_loses_and_doubles_nothing(whole, tmp_path, children_share_programs):
     """Killed in the middle of writing a file, then as the next batch is decoded; each time it goes on."""
     script = (
         "import os, pathlib, signal, sys\n"

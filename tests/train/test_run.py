@@ -24,15 +24,23 @@ from train.data import Corpus
 from train.records import JsonLines
 from train.run import DrafterRun, main
 
+pytestmark = pytest.mark.usefixtures("children_share_programs")
+
+
+def child(config: Path, *changes: str) -> list[str]:
+    """The command of a run in a process of its own."""
+    return [sys.executable, "-m", "dflash_jax", "train", "drafter", str(config), *changes]
+
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, Path]:
+def made(tmp_path_factory, children_share_programs) -> tuple[Path, Path]:
     """(folder, out) of a finished run."""
     folder = tmp_path_factory.mktemp("run")
     runs.target_folder(folder / "target")
     runs.prompts_file(folder / "prompts.jsonl", 40)
     config = runs.config_file(folder / "run.yaml", folder / "target", folder / "prompts.jsonl", folder / "out")
-    assert cli.main(["train", "drafter", str(config)]) == 0
+    done = subprocess.run(child(config), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
     return folder, folder / "out"
 
 
@@ -110,10 +118,9 @@ def test_chats_are_learned_from_as_they_are(made):
 @pytest.mark.slow
 def test_over_a_mesh_the_losses_are_the_same(made):
     folder, out = made
-    script = "import sys; from dflash_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
     changes = [f"out={folder / 'mesh'}", "mesh={data: 2, fsdp: 2}", f"data.responses=[{out / 'responses'}]"]
     flags = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
-    command = [sys.executable, "-c", script, "train", "drafter", str(folder / "run.yaml"), *changes]
+    command = child(folder / "run.yaml", *changes)
     done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     (_, one), (_, spread) = (zip(*losses(x), strict=True) for x in (out, folder / "mesh"))
@@ -127,7 +134,7 @@ def together(config: Path, *changes: str) -> list[subprocess.Popen]:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
-    command = [sys.executable, "-m", "dflash_jax", "train", "drafter", str(config), *changes]
+    command = child(config, *changes)
     join = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
     return [
         subprocess.Popen(
@@ -163,8 +170,7 @@ def test_two_processes_train_one_drafter_and_stop_together(made, tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_stopped_or_killed_goes_on_to_identical_losses(made, tmp_path, sign):
     folder, out = made
-    command = [sys.executable, "-m", "dflash_jax", "train", "drafter", str(folder / "run.yaml"), f"out={tmp_path}"]
-    command += [f"data.responses=[{out / 'responses'}]"]
+    command = child(folder / "run.yaml", f"out={tmp_path}", f"data.responses=[{out / 'responses'}]")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len((tmp_path / "log.jsonl").read_text().splitlines()
                                          if (tmp_path / "log.jsonl").exists() else []) < 3:  # fmt: skip

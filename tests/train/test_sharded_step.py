@@ -60,11 +60,18 @@ def test_the_case_has_gradients_everywhere(expected):
     assert all(np.abs(x).max() > 1e-5 for name, x in expected.items() if name.startswith("gradient"))
 
 
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory) -> Path:
+    """The folder of the outcomes on all meshes."""
+    folder = tmp_path_factory.mktemp("meshes")
+    finish(start(folder, *map(json.dumps, MESHES)))
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_a_mesh_trains_as_one_device_does(expected, tmp_path, mesh):
-    finish(start(tmp_path / "out.npz", json.dumps(mesh)))
-    assert_same(tmp_path / "out.npz", expected)
+@pytest.mark.parametrize("number", range(len(MESHES)), ids=map(str, MESHES))
+def test_a_mesh_trains_as_one_device_does(expected, spread, number):
+    assert_same(spread / f"{number}.npz", expected)
 
 
 @pytest.mark.slow
@@ -73,11 +80,14 @@ def test_two_processes_train_together(expected, tmp_path):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     mesh = json.dumps({"data": 2, "fsdp": 2, "tensor": 2})
-    both = [start(tmp_path / f"{i}.npz", mesh, "--process", i, port) for i in range(2)]
+    folders = [tmp_path / str(i) for i in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    both = [start(folder, mesh, "--process", i, port) for i, folder in enumerate(folders)]
     for process in both:
         finish(process)
-    for i in range(2):
-        assert_same(tmp_path / f"{i}.npz", expected)
+    for folder in folders:
+        assert_same(folder / "0.npz", expected)
 
 
 @pytest.mark.slow
@@ -85,8 +95,8 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
     _, step, state, frozen = sharded_step.setup(None)
     _, wanted = sharded_step.steps(step, state, frozen, None, range(sharded_step.STEPS + 1))
     meshes = json.dumps({"fsdp": 8}), json.dumps({"expert": 4, "tensor": 2})
-    finish(start(tmp_path / "out.npz", meshes[0], "--checkpoint", tmp_path / "run", meshes[1]))
-    np.testing.assert_allclose(np.load(tmp_path / "out.npz")["losses"], wanted[-1:], rtol=1e-4)
+    finish(start(tmp_path, *meshes, "--checkpoint"))
+    np.testing.assert_allclose(np.load(tmp_path / "0.npz")["losses"], wanted[-1:], rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["adamw", "muon"])

@@ -37,8 +37,8 @@ def test_a_closed_loop_keeps_so_many_streams_busy(engine):
 
 def test_an_open_loop_waits_for_nobody(engine):
     """All arrive within a moment of their time, though the engine cannot keep up."""
-    traces = open_loop(engine, REQUESTS, rate=1000.0, seed=1).requests
-    again = open_loop(engine, REQUESTS, rate=1000.0, seed=1).requests
+    traces = open_loop(engine, REQUESTS, rate=10_000.0, seed=1).requests
+    again = open_loop(engine, REQUESTS, rate=10_000.0, seed=1).requests
     assert traces[-1].submitted < traces[0].came[-1][0]
     assert [t.generation.tokens for t in traces] == [t.generation.tokens for t in again]
 
