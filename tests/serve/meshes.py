@@ -35,14 +35,13 @@ CONFIG = EngineConfig(
 
 
 def write_pair(folder: Path, selector: bool) -> None:
-    """That of `tests.sharded` with half the layers; without the selector the drafter is one of DFlash 1."""
-    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    """That of `tests.sharded` with a smaller drafter, which is one of DFlash 1 without the selector."""
     taps = {"dflash_config": sharded.DRAFTER["dflash_config"] | {"target_layer_ids": [0, 1]}}
-    drafter = sharded.DRAFTER | taps | {"num_target_layers": 2, "num_hidden_layers": 1}
+    drafter = sharded.DRAFTER | taps | {"num_hidden_layers": 1}
     if not selector:
         drafter = {name: drafter[name] for name in drafter if name.partition("_")[0] not in ("selector", "conv")}
         drafter["architectures"] = ["DFlashDraftModel"]
-    sharded.write_pair(folder, sharded.TARGET | layers, drafter)
+    sharded.write_pair(folder, drafter)
     # One letter more than the model has: llguidance wants an end token.
     engines.letters(sharded.BASE["vocab_size"] + 1).core.save(str(folder / "target" / "tokenizer.json"))
 
