@@ -160,8 +160,10 @@ def held(engine: Engine) -> list[str]:
         pages.check(scheduler.held(), [] if prefix is None else [node.page for node in prefix.nodes()])
     except AssertionError as error:
         problems.append(f"pages: {error}")
-    if scheduler.running or scheduler.waiting or engine.stats.unfinished:
-        problems.append("requests are left")
+    if taken := [str(slot) for slot, running in enumerate(scheduler.slots) if running is not None]:
+        problems.append(f"slots are taken: {', '.join(taken)}")
+    if engine.stats.unfinished or scheduler.waiting:
+        problems.append(f"{max(engine.stats.unfinished, len(scheduler.waiting))} requests have not ended")
     if pages.free + pages.idle != pages.count:
         problems.append(f"{pages.count - pages.free - pages.idle} pages are held by nobody")
     return problems

@@ -90,6 +90,7 @@ class ServeOptions:
         20, "most likely tokens that a request may ask to be named; 0: none, a faster start", metavar="N"
     )
     grammar: bool = option(True, "no structured output: a faster start")
+    reasoning: bool = option(True, "leave what a model thinks, <think>...</think>, in the content of chats")
     shutdown_seconds: int = option(10, "how long running requests may go on at the end", metavar="N")
 
 

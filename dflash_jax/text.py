@@ -117,6 +117,12 @@ class Tokenizer:
         """Whether the folder has a chat template."""
         return _has_chat_template(self.folder)
 
+    @property
+    def chat_template(self) -> str:
+        """The text of the chat template; empty where there is none."""
+        found = self._templates.chat_template if self.can_chat else ""
+        return found if isinstance(found, str) else json.dumps(found)  # several, by their names
+
     def render(self, messages: Sequence[Mapping[str, Any]], *, ask: bool = True, **options: Any) -> str:
         """Chat messages as the template writes them, with `ask` up to where the model's reply begins.
 

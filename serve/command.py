@@ -1,99 +1,101 @@
 """`dflash serve`."""
 
-import asyncio
 import contextlib
-import math
 import os
-import signal
 import socket
-from collections.abc import Callable
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import uvicorn
-from fastapi import FastAPI
 
 import dflash_jax
 from dflash_jax.errors import InputError
 from dflash_jax.sharding import make_mesh, mesh_sizes
 from serve.api.app import create_app
+from serve.api.server import Server, answer
+from serve.api.starting import Starting, StoppedError
 from serve.config import EngineConfig
 from serve.engine import Engine
 
 if TYPE_CHECKING:
     from dflash_jax.cli import ServeOptions
 
-LAST_WORDS = 2  # seconds, for answers to requests that were cancelled; then connections are cut
+BACKLOG = 2048  # connections that wait to be accepted
+TOLD_EVERY = 5  # seconds
 
 
 def serve(options: "ServeOptions") -> int:
-    """Load, compile, and answer until SIGTERM or SIGINT; the exit status.
+    """Listen, load, compile, and answer until SIGTERM or SIGINT; the exit status.
 
     Running requests then have `shutdown_seconds` to end; what is left is cancelled. InputError for what cannot work.
     """
     _check(options)
-    key = options.api_key if options.api_key is not None else os.environ.get("DFLASH_API_KEY")
-    with _bind(options.host, options.port) as sock:  # before minutes of compiling
-        mesh = make_mesh(None, **mesh_sizes(options.mesh)) if options.mesh else None
-        pair = dflash_jax.load(options.target, options.drafter, mesh=mesh)
-        if pair.tokenizer.can_chat:
-            with contextlib.suppress(InputError):  # whoever chats will be told
-                pair.tokenizer.render([{"role": "user", "content": ""}])  # imports transformers, which takes seconds
-        config = EngineConfig(
-            slots=options.slots,
-            max_length=options.max_length,
-            max_requests=options.max_requests,
-            memory_bytes=None if options.memory_mib is None else options.memory_mib * 2**20,
-            draft=options.draft,
-            logprobs=options.logprobs,
-            grammar=options.grammar,
-        )
-        model = options.model_name or model_name(options.target)
-        with Engine(pair, config) as engine:
-            app = create_app(engine, model, api_key=key or None, max_body_bytes=options.max_body_bytes)
-            line = f"serving {model} at {_address(options.host, sock)}, {options.slots} requests at once"
-            answer(app, sock, line, options.shutdown_seconds, app.state.cancel)
+    front = Starting(options.model_name or model_name(options.target))
+    with _bind(options.host, options.port) as sock, ThreadPoolExecutor(1) as pool:
+        server = Server(front, options.shutdown_seconds, front.cancel)
+        made = pool.submit(_make, options, front, _address(options.host, sock))
+        made.add_done_callback(lambda done: server.stop() if done.exception() else None)
+        try:
+            answer(server, sock)
+        finally:
+            front.stopped = True
+    with contextlib.suppress(StoppedError):
+        made.result().close()
     print("stopped", flush=True)
     return 0
 
 
-def answer(app: FastAPI, sock: socket.socket, line: str, seconds: float, cancel: Callable[[], None]) -> None:
-    """Print `line` once it listens, and answer until a signal; `cancel` ends what then runs for some seconds more."""
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=math.ceil(seconds) + LAST_WORDS,
+def _make(options: "ServeOptions", front: Starting, address: str) -> Engine:
+    """The engine, started and in front of everybody."""
+    mesh = make_mesh(None, **mesh_sizes(options.mesh)) if options.mesh else None
+    pair = dflash_jax.load(options.target, options.drafter, mesh=mesh)
+    if pair.tokenizer.can_chat:
+        with contextlib.suppress(InputError):  # whoever chats will be told
+            pair.tokenizer.render([{"role": "user", "content": ""}])  # imports transformers, which takes seconds
+    config = EngineConfig(
+        slots=options.slots,
+        max_length=options.max_length,
+        max_requests=options.max_requests,
+        memory_bytes=None if options.memory_mib is None else options.memory_mib * 2**20,
+        draft=options.draft,
+        logprobs=options.logprobs,
+        grammar=options.grammar,
     )
-    server = _Server(config, line, seconds, cancel)
+    told = _Told(f"{front.model} at {address}")
 
-    def end(*_: object) -> None:  # uvicorn has handlers of its own, but not yet, and raises the signal again at its end
-        server.should_exit = True
+    def progress(done: int, count: int) -> None:
+        front.progress(done, count)
+        told(done, count)
 
-    before = {name: signal.signal(name, end) for name in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        server.run(sockets=[sock])
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+    engine = Engine(pair, config, progress).start()
+    key = options.api_key if options.api_key is not None else os.environ.get("DFLASH_API_KEY")
+    front.app = create_app(
+        engine,
+        front.model,
+        api_key=key or None,
+        max_body_bytes=options.max_body_bytes,
+        reasoning=options.reasoning,
+    )
+    print(f"serving {told.what}, {options.slots} requests at once", flush=True)
+    return engine
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, line: str, seconds: float, cancel: Callable[[], None]):
-        super().__init__(config)
-        self._line, self._seconds, self._cancel = line, seconds, cancel
+class _Told:
+    """Lines on stderr about programs that are compiled, one every few seconds."""
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(self._line, flush=True)
+    def __init__(self, what: str):
+        self.what = what
+        self._start = self._last = time.monotonic()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(self._seconds, self._cancel)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()
+    def __call__(self, done: int, count: int) -> None:
+        now = time.monotonic()
+        if not done:
+            self._start = self._last = now
+            print(f"compiling {count} programs for {self.what}", file=sys.stderr, flush=True)
+        elif now - self._last >= TOLD_EVERY:
+            self._last = now
+            print(f"{done} of {count} programs compiled, {now - self._start:.0f} s", file=sys.stderr, flush=True)
 
 
 def _check(options: "ServeOptions") -> None:
@@ -116,6 +118,7 @@ def _bind(host: str, port: int) -> socket.socket:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((host, port))
+            sock.listen(BACKLOG)
         except OSError:
             sock.close()
             raise

@@ -84,7 +84,11 @@ class Resolved:
         return max(self.plans, key=lambda p: (p.penalties, p.bias, p.min_tokens, p.filters, p.random, p.logprobs))
 
     def masked(self, bucket: int) -> Plan:
-        """How requests with grammars run: all of them in one way, so that few programs are compiled."""
+        """How requests with grammars run: all of them in one way, so that few programs are compiled.
+
+        The widest, since each of their rounds waits for the host; and the controller does not know how often drafts
+        that nobody told of a grammar keep to it.
+        """
         width, draft = self.modes[-1]
         return Plan(bucket, self.everything, width, draft, 1, False, ("grammar", bucket), grammar=True)
 

@@ -20,10 +20,12 @@ from serve.dispatch import Dispatcher, Flight
 from serve.grammar import Grammars
 from serve.pages import Pages
 from serve.prefix import PrefixCache
+from serve.prepare import prepare
 from serve.programs import Programs
-from serve.requests import Event, Handle, Request, Running, prepare
+from serve.requests import Event, Handle, Request, Running
 from serve.scheduler import Scheduler
 from serve.stats import Stats
+from serve.warmup import Progress, unseen, warm_up
 
 
 class Busy(RuntimeError):
@@ -41,8 +43,8 @@ class Command:
 class Engine:
     """Serves requests until it is closed. Use it as a context manager, or call `step` yourself without `start`."""
 
-    def __init__(self, pair: Pair, config: EngineConfig | None = None):
-        """Compiles everything. InputError for a configuration that does not fit the pair or the memory."""
+    def __init__(self, pair: Pair, config: EngineConfig | None = None, progress: Progress = unseen):
+        """Compiles everything, see `warm_up`. InputError for a configuration that does not fit pair or memory."""
         self.pair = pair
         self.config = resolve(pair, config or EngineConfig())
         c = self.config
@@ -53,13 +55,14 @@ class Engine:
         self.scheduler = Scheduler(c.sizes.slots, c.sizes.page, c.sizes.rounds * c.sizes.width, pages, prefix)
         self.controller = self._make_controller()
         self.controller.fixed = None if c.adaptive else c.widths[-1]
-        self.programs.warm_up(self.controller)
+        warm_up(self.programs, self.controller, progress)
         self.stats = Stats()
         self._dispatcher = Dispatcher(c, self.scheduler, self.programs, self.controller, self.stats)
         self._collector = Collector(c, self.controller, self.stats, self._end)
         self._flights: deque[Flight] = deque()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._requests: dict[Handle, Running] = {}
+        self._open: set[Handle] = set()  # handles of these, and of those that were submitted since
         self._grammars = Grammars(pair)
         self._arrivals = 0
         self._lock = threading.Lock()
@@ -79,8 +82,7 @@ class Engine:
 
     def submit(self, request: Request, deliver: Callable[[Event], None] | None = None) -> Handle:
         """Queue a request. InputError for one that cannot be served, `Busy` while too many wait."""
-        if not self.alive:
-            raise RuntimeError(f"the engine is closed{f': {self._error}' if self._error else ''}")
+        self._check_alive()
         if self.stats.unfinished >= self.config.max_requests:
             raise Busy(f"{self.config.max_requests} requests are here already; try again later")
         handle = Handle(request, self.cancel, deliver)
@@ -88,17 +90,29 @@ class Engine:
             self._arrivals += 1
             order = self._arrivals
         running = self._prepare(handle, order)
-        with self._lock:
+        with self._lock:  # nothing can end the engine, or all requests, in between
+            self._check_alive()
             self.stats.submitted += 1
-        self._commands.put(Command(running=running))
+            self._open.add(handle)
+            self._commands.put(Command(running=running))
         return handle
 
     def _prepare(self, handle: Handle, order: int) -> Running:
         return prepare(self.pair, handle, order, self.config, self._grammars)
 
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise RuntimeError(f"the engine is closed{f': {self._error}' if self._error else ''}")
+
     def cancel(self, handle: Handle) -> None:
         """End a request soon; nothing happens to one that has ended."""
         self._commands.put(Command(cancel=handle))
+
+    def cancel_all(self) -> None:
+        """End all requests that are here, soon; others can follow."""
+        with self._lock:
+            for handle in self._open:
+                self.cancel(handle)
 
     def start(self) -> "Engine":
         """Run the loop in a thread of its own."""
@@ -108,7 +122,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loop; requests that are not finished are cancelled."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self._commands.put(Command())
         if self._thread is not None:
             self._thread.join()
@@ -136,10 +151,11 @@ class Engine:
                 if not self.step():
                     self._take_commands(wait=True)
         except Exception as error:  # whoever waits must hear of it
-            self._error = error
-            for running in list(self._requests.values()):
-                running.done = True
-                running.handle.put(error)
+            with self._lock:
+                self._error = error
+                waiting, self._open = self._open, set()
+            for handle in waiting:
+                handle.put(error)
             self._requests.clear()
             raise
 
@@ -184,4 +200,5 @@ class Engine:
         del self._requests[running.handle]
         running.finish(reason)
         with self._lock:
+            self._open.discard(running.handle)
             self.stats.ended(running, cancelled=reason == "cancelled")

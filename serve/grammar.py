@@ -23,6 +23,8 @@ KINDS = ("json_schema", "regex", "lark")
 # Enough to indent; small models that may write any amount of white space write nothing else for ever.
 JSON_STYLE = {"whitespace_pattern": r"[ ]|\n[ \t]{0,16}"}
 
+THOUGHT = 'start: thought /\\s*/ @answer\nthought[suffix="</think>"]: /(?s:.*)/'
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -30,10 +32,12 @@ class Grammar:
 
     kind: "json_schema", "regex" or "lark" (llguidance's dialects of the last two).
     text: the schema as JSON, the expression, or the grammar with its rule `start`.
+    thinks: whether any text that ends with </think> comes before that.
     """
 
     kind: str
     text: str
+    thinks: bool = False
 
 
 def everything_allowed(vocab: int, *shape: int) -> UInt32[np.ndarray, "*shape N"]:
@@ -115,7 +119,15 @@ class Grammars:
 
 
 def _source(grammar: Grammar) -> str:
-    """The grammar as llguidance wants it."""
+    """The grammar as llguidance wants it, with what may come before it."""
+    source = _bare_source(grammar)
+    if not grammar.thinks:
+        return source
+    (answer,) = [{"lark_grammar": source}] if grammar.kind == "lark" else json.loads(source)["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": THOUGHT}, answer | {"name": "answer"}]})
+
+
+def _bare_source(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind not in KINDS:

@@ -1,19 +1,16 @@
-"""The device's state and its compiled programs, as the engine calls them. All is compiled before the first request."""
+"""The device's state and its compiled programs, as the engine calls them. `warmup` compiles them."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dflash_jax.cache import KeyValues, Recurrence
 from dflash_jax.decoding.proposal import Proposal
 from dflash_jax.decoding.sampling import Sampling
-from dflash_jax.decoding.width import WidthController
 from dflash_jax.pair import Pair
 from serve import device, masked, steps
 from serve.config import Plan, Resolved
@@ -22,8 +19,6 @@ from serve.grammar import everything_allowed
 from serve.pages import Memory
 from serve.requests import Running
 from serve.scheduler import Chunk
-
-TIMED_ROUNDS, TIMED_RUNS = 4, 3  # of each kind at the start, to know what a round costs
 
 
 def _empty(pair: Pair, sizes: Sizes) -> partial[Slots]:
@@ -70,21 +65,27 @@ class Programs:
         self._no_bias = np.zeros((1, pair.target.config.vocab_size), np.float32)
         self._no_mask = everything_allowed(pair.target.config.vocab_size) if self.sizes.grammar else None
 
+    def clear(self) -> None:
+        """Forget all requests."""
+        self.state = self._fresh()
+
     def _fresh(self) -> Slots:
         with self.pair.on_mesh():
             return _empty(self.pair, self.sizes)()
 
     def admit(self, r: Running, checkpoint: int | None) -> None:
         """Put a request into its slot."""
-        words = self._no_mask if r.matcher is None else r.matcher.masks((), 1)[0]
-        self._admit(
-            r.slot, r.tokens, r.pages, len(r.prompt), r.limit, r.stops, r.prefilled, checkpoint, r.sampling, words
-        )
+        words = None if r.matcher is None else r.matcher.masks((), 1)[0]
+        self.put(
+            r.slot, r.tokens, r.pages, prompt=len(r.prompt), limit=r.limit, stops=r.stops, cached=r.prefilled,
+            checkpoint=checkpoint, sampling=r.sampling, words=words,
+        )  # fmt: skip
 
-    def _admit(
-        self, slot: int, known: Sequence[int], pages: Sequence[int], prompt: int, limit: int, stops: np.ndarray,
-        cached: int, checkpoint: int | None, sampling: Sampling, words: np.ndarray | None,
+    def put(
+        self, slot: int, known: Sequence[int], pages: Sequence[int], *, prompt: int, limit: int, stops: np.ndarray,
+        cached: int, checkpoint: int | None, sampling: Sampling, words: np.ndarray | None = None,
     ) -> None:  # fmt: skip
+        """The same with all that an `Admission` says; no `words` leave nothing out."""
         tokens, table = np.zeros(self.sizes.room, np.int32), np.full(self.sizes.table, -1, np.int32)
         tokens[: len(known)], table[: len(pages)] = known, pages
         numbers = {
@@ -92,7 +93,8 @@ class Programs:
             "checkpoint": -1 if checkpoint is None else checkpoint,
         }  # fmt: skip
         made: dict[str, Any] = {name: np.int32(value) for name, value in numbers.items()}
-        made |= {"tokens": tokens, "pages": table, "stops": stops, "sampling": self._settings(sampling), "words": words}
+        made |= {"tokens": tokens, "pages": table, "stops": stops, "sampling": self._settings(sampling)}
+        made["words"] = self._no_mask if words is None else words
         with self.pair.on_mesh():
             self.state = device.admit(self.state, Admission(**made))
 
@@ -109,9 +111,6 @@ class Programs:
         for i, chunk in enumerate(chunks):
             save = self.sizes.checkpoints if chunk.save is None else chunk.save
             order[:, i] = chunk.running.slot, chunk.count, chunk.kind, save
-        return self._run_prefill(order, shape)
-
-    def _run_prefill(self, order: np.ndarray, shape: tuple[int, int]) -> jax.Array:
         split = self.pair.split if self.config.modes[1:] else self.pair.split_target
         with self.pair.on_mesh():
             self.state, news = steps.run_prefill(
@@ -124,7 +123,7 @@ class Programs:
     ) -> tuple[list[int], jax.Array]:
         """Run rounds; which rows of the news are whose, and the news."""
         places, slots = self._placed(rows, plan)
-        return places, self._run_rounds(slots, plan, deltas)
+        return places, self.run_rounds(slots, plan, deltas)
 
     def _placed(self, rows: Sequence[Running], plan: Plan) -> tuple[list[int], np.ndarray]:
         """Where requests are in a batch, and the slots of the whole batch."""
@@ -134,101 +133,52 @@ class Programs:
         slots[places] = [r.slot for r in rows]
         return places, slots
 
-    def _run_rounds(self, slots: np.ndarray, plan: Plan, deltas: Sequence[tuple[int, int, int]] = ()) -> jax.Array:
+    def run_rounds(self, slots: np.ndarray, plan: Plan, deltas: Sequence[tuple[int, int, int]] = ()) -> jax.Array:
+        """The same of a batch of slots, those past the last being none."""
+        with self.pair.on_mesh():
+            self.state, news = self._rounds(slots, plan, deltas)()
+        return news
+
+    def compile_rounds(self, plan: Plan) -> None:
+        """Compile what `rounds` runs for a plan, which then is there at once. From any thread, while nothing runs."""
+        call = self._rounds(self._placed((), plan)[1], plan, ())
+        with self.pair.on_mesh():
+            steps.run_rounds.lower(*call.args, **call.keywords).compile()
+
+    def _rounds(self, slots: np.ndarray, plan: Plan, deltas: Sequence[tuple[int, int, int]]) -> partial[Any]:
         order = np.concatenate([slots, [plan.rounds, plan.leave], self._changes(deltas)]).astype(np.int32)
         split = self.pair.split if plan.draft else self.pair.split_target
-        with self.pair.on_mesh():
-            self.state, news = steps.run_rounds(
-                *split, self.state, order, bucket=plan.bucket, sizes=self.sizes, width=plan.width,
-                plan=plan.settings, draft=plan.draft,
-            )  # fmt: skip
-        return news
+        return partial(
+            steps.run_rounds, *split, self.state, order, bucket=plan.bucket, sizes=self.sizes, width=plan.width,
+            plan=plan.settings, draft=plan.draft,
+        )  # fmt: skip
 
     def _changes(self, deltas: Sequence[tuple[int, int, int]]) -> np.ndarray:
         changes = np.full((self.sizes.deltas, 3), self.sizes.slots, np.int32)
         changes[: len(deltas)] = np.asarray(deltas, np.int32).reshape(-1, 3)
         return changes.reshape(-1)
 
-    def propose(self, rows: Sequence[Running], plan: Plan) -> "Drafted":
+    def propose(self, rows: Sequence[Running], plan: Plan) -> Drafted:
         """Draft for requests with grammars."""
         places, slots = self._placed(rows, plan)
-        return Drafted(plan, places, slots, self._run_proposal(slots, plan))
-
-    def _run_proposal(self, slots: np.ndarray, plan: Plan) -> Proposal:
         split = self.pair.split if plan.draft else self.pair.split_target
         with self.pair.on_mesh():
-            return masked.run_proposal(
+            proposal = masked.run_proposal(
                 *split, self.state, slots, bucket=plan.bucket, sizes=self.sizes, width=plan.width, plan=plan.settings
             )
+        return Drafted(plan, places, slots, proposal)
 
-    def check(
-        self, drafted: "Drafted", masks: Sequence[np.ndarray], deltas: Sequence[tuple[int, int, int]]
-    ) -> jax.Array:
+    def check(self, drafted: Drafted, masks: Sequence[np.ndarray], deltas: Sequence[tuple[int, int, int]]) -> jax.Array:
         """Verify what was drafted, under the masks [W, N] of each request; the news."""
         plan = drafted.plan
         words = everything_allowed(self.pair.target.config.vocab_size, plan.bucket, plan.width)
         for place, mask in zip(drafted.places, masks, strict=True):
             words[place] = mask
-        return self._run_check(drafted.slots, plan, drafted.proposal, words, deltas)
-
-    def _run_check(
-        self, slots: np.ndarray, plan: Plan, proposal: Proposal, words: np.ndarray,
-        deltas: Sequence[tuple[int, int, int]] = (),
-    ) -> jax.Array:  # fmt: skip
-        order = np.concatenate([slots, self._changes(deltas)]).astype(np.int32)
+        order = np.concatenate([drafted.slots, self._changes(deltas)]).astype(np.int32)
         split = self.pair.split if plan.draft else self.pair.split_target
         with self.pair.on_mesh():
             self.state, news = masked.run_check(
-                *split, self.state, proposal, words, order, bucket=plan.bucket, sizes=self.sizes, width=plan.width,
-                plan=plan.settings,
+                *split, self.state, drafted.proposal, words, order, bucket=plan.bucket, sizes=self.sizes,
+                width=plan.width, plan=plan.settings,
             )  # fmt: skip
         return news
-
-    def warm_up(self, controller: WidthController) -> None:
-        """Compile every program, and time the rounds so that the controller knows what they cost."""
-        for shape in self.config.prefill:
-            order = np.zeros((4, shape[0]), np.int32)
-            order[0], order[3] = self.sizes.slots, self.sizes.checkpoints
-            self._run_prefill(order, shape)
-        nobody = Sampling.pack(1, self.pair.target.config.vocab_size)
-        self._admit(0, [0], [], 1, 1, np.full(device.STOPS, -1, np.int32), 0, None, nobody, self._no_mask)
-        none = self.sizes.slots
-        for bucket in self.config.buckets:
-            for width, draft in self.config.modes:
-                for settings in self.config.plans:
-                    self._run_rounds(np.full(bucket, none, np.int32), Plan(bucket, settings, width, draft, 1, False, 0))
-            if self.sizes.grammar:
-                plan, slots = self.config.masked(bucket), np.full(bucket, none, np.int32)
-                self.check(Drafted(plan, [], slots, self._run_proposal(slots, plan)), [], [])
-            if self.config.adaptive:
-                costs = self._costs(bucket)
-                for settings in self.config.plans:
-                    controller.assume_costs((settings, bucket), costs)
-        self.state = self._fresh()
-
-    def _costs(self, bucket: int) -> dict[int, float]:
-        """Seconds a round by width, of requests that have just begun."""
-        costs: dict[int, float] = {}
-        slots = np.arange(bucket, dtype=np.int32)
-        for width, draft in self.config.modes:
-            if (width, True) in self.config.modes and not draft:
-                continue
-            plan = Plan(bucket, self.config.plans[0], width, draft, TIMED_ROUNDS, False, 0)
-            times = []
-            for _ in range(TIMED_RUNS):
-                self.state = jax.block_until_ready(_begun(self.state))
-                start = time.perf_counter()
-                jax.block_until_ready(self._run_rounds(slots, plan))
-                times.append(time.perf_counter() - start)
-            costs[width] = min(times) / TIMED_ROUNDS
-        return costs
-
-
-@partial(jax.jit, donate_argnames=("state",))
-def _begun(state: Slots) -> Slots:
-    """All slots with a request that runs, for timing: its pages are none."""
-    d: Any = state.decode
-    ones = jnp.ones_like(d.known)
-    cache = replace(d.cache, lengths=jnp.zeros_like(d.cache.lengths))
-    decode = replace(d, cache=cache, known=ones, limit=ones * d.tokens.shape[1], finished=jnp.zeros_like(d.finished))
-    return replace(state, decode=decode).laid_out()

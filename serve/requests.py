@@ -1,5 +1,6 @@
 """A request as its sender sees it, and as the engine does."""
 
+import logging
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,15 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dflash_jax.decoding.generate import check_min_tokens, split_stops
 from dflash_jax.decoding.output import Generation, Output, Piece
 from dflash_jax.decoding.sampling import Sampling
-from dflash_jax.errors import InputError
-from dflash_jax.pair import Pair
 from dflash_jax.text import Prompt
-from serve.config import Resolved
-from serve.device import STOPS
-from serve.grammar import Grammar, Grammars, Matcher
+from serve.grammar import Grammar, Matcher
 
 Event = Piece | Generation | Exception  # pieces, then one of the others
 
@@ -61,10 +57,15 @@ class Usage:
     accepted_tokens: int  # of the drafted ones
 
 
+def _nowhere(event: Event) -> None:
+    """Whoever listened has failed."""
+
+
 class Handle:
     """A request on its way: iterate over it for pieces, or wait for the `result`.
 
-    `deliver`, if given, is called with each event instead, by the engine's thread: it must be quick and not raise.
+    `deliver`, if given, is called with each event instead, by the engine's thread: it must be quick. One that raises
+    ends its request, and is not called again.
     """
 
     def __init__(self, request: Request, cancel: Callable[["Handle"], None], deliver: Callable[[Event], None] | None):
@@ -84,7 +85,12 @@ class Handle:
         self.first = now if self.first is None else self.first
         if not isinstance(event, Piece):
             self.finished = now
-        self._deliver(event)
+        try:
+            self._deliver(event)
+        except Exception:  # the sender's mistake, which is nobody else's
+            logging.getLogger(__name__).exception("the delivery of a request's event has failed; it is cancelled")
+            self._deliver = _nowhere
+            self.cancel()
 
     def cancel(self) -> None:
         """End the request soon, wherever it is; its generation then has the finish reason "cancelled"."""
@@ -169,34 +175,3 @@ class Running:
             self.handle.put(piece)
         self.handle.usage = Usage(len(self.prompt), self.cached, self.drafted, self.accepted)
         self.handle.put(generation if reason is None else replace(generation, finish_reason=reason))
-
-
-def prepare(pair: Pair, handle: Handle, order: int, config: Resolved, grammars: Grammars) -> Running:
-    """Check a request.
-
-    InputError as from `dflash_jax.generate`, and for a prompt or settings that this engine is not made for.
-    """
-    request, vocab, longest = handle.request, pair.target.config.vocab_size, config.sizes.length
-    new = request.max_new_tokens
-    if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 1:
-        raise InputError(f"max_new_tokens is {new!r}; give a whole number of at least 1")
-    prompt = pair.tokenizer.encode(request.prompt)
-    if len(prompt) >= longest:
-        raise InputError(f"the prompt has {len(prompt)} tokens; this engine takes at most {longest - 1}")
-    stop_texts, stop_ids = split_stops(request.stop, vocab)
-    ends = sorted({*pair.target.config.eos_token_ids, *stop_ids})
-    if len(ends) > STOPS:
-        raise InputError(f"there are {len(ends)} stop ids, the model's own included; give at most {STOPS}")
-    sampling = Sampling.pack(1, vocab, logprobs=request.logprobs, **request.settings)
-    least = int(sampling.min_tokens[0])
-    check_min_tokens(least, int(new), len(ends), vocab)
-    config.check(request.logprobs, sampling.plan)
-    if request.grammar is not None and least:
-        raise InputError("min_tokens and a grammar cannot both say when the output ends; leave one out")
-    if request.grammar is not None and not config.sizes.grammar:
-        raise InputError("this engine was started without grammars; leave the grammar out")
-    matcher = None if request.grammar is None else grammars.matcher(request.grammar)
-    stops = np.full(STOPS, -1, np.int32)
-    stops[: len(ends)] = ends
-    output = Output(pair.tokenizer, len(prompt), stop_texts, set(ends), min_tokens=least, logprobs=request.logprobs)
-    return Running(handle, order, prompt, min(len(prompt) + int(new), longest), stops, sampling, output, matcher)

@@ -1,8 +1,10 @@
 """Who gets slots and pages, in what order: all on the host, and nothing of it waits for the device.
 
-Requests are served in the order of arrival. A request is admitted when there are pages for its prompt and its first
-dispatch; later ones are reserved before each dispatch, for every token that may come of it. Where they run out, the
-request that came last gives its own back and is run again later, from its prompt and what it has said so far.
+Requests are served in the order of arrival; but those with a prompt that is being prefilled for another, as the choices
+of one call have, wait until they can find it in the prefix cache. A request is admitted when there are pages for its
+prompt and its first dispatch; later ones are reserved before each dispatch, for every token that may come of it. Where
+they run out, the request that came last gives its own back and is run again later, from its prompt and what it has said
+so far.
 """
 
 from collections import deque
@@ -56,9 +58,11 @@ class Scheduler:
 
     def admit(self) -> tuple[Running, int | None] | None:
         """The next request, now in a slot with pages, and its checkpoint; None: nobody waits, or there is no room."""
-        if not self.waiting or None not in self.slots:
+        if None not in self.slots:
             return None
-        new = self.waiting[0]
+        filling = [r for r in self.running if r.waits_for_prefill]
+        if (new := next((r for r in self.waiting if not self._comes_soon(r, filling)), None)) is None:
+            return None
         new.take_slot(self.slots.index(None))
         match = None if self.prefix is None else self.prefix.match(new.tokens[: new.goal])
         shared = [] if match is None else match.pages
@@ -70,7 +74,7 @@ class Scheduler:
             self.pages.release(shared)
             new.slot = -1
             return None
-        self.waiting.popleft()
+        self.waiting.remove(new)
         self.slots[new.slot] = new
         new.pages, new.prefilled = [*shared, *own], len(shared) * self.page
         if not new.output.tokens:
@@ -81,6 +85,13 @@ class Scheduler:
             last = (new.goal - 1) // self.page * self.page
             new.cuts = tuple(sorted({c for c in (match.common * self.page, last) if c > new.prefilled}))
         return new, None if match is None else match.checkpoint
+
+    def _comes_soon(self, new: Running, filling: Sequence[Running]) -> bool:
+        """Whether the prefix cache is about to have more of a prompt."""
+        last = (len(new.prompt) - 1) // self.page * self.page
+        if self.prefix is None or not last:
+            return False
+        return any(r.cached < last and r.prompt == new.prompt for r in filling)
 
     def chunks(self, shapes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], list[Chunk]] | None:
         """The next prefill and its shape, one of `shapes`: (prompts, tokens of each), narrow ones first."""

@@ -36,7 +36,7 @@ class Objective:
     Args:
         anchors: blocks of a sequence, at random places, new ones every time the sequence comes up
         on_policy: the blocks start where verification stopped blocks at such places, as those of decoding do
-        loss: position weights: "decay" is exp(-(k - 1) / gamma), "dpace" is D-PACE; "opd" is the second stage, on_policy
+        loss: position weights: "decay" is exp(-(k - 1) / gamma), "dpace" is D-PACE; "opd" is the second stage
         gamma: of "decay"; 4 for blocks of 8, 5 for 10, 7 for 16
         rejected_decay: of "opd": a rejected row weighs so much less than the rejected row before it
         head_chunk: rows of logits made at once; 0 chooses

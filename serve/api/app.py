@@ -1,5 +1,6 @@
 """The application: which path does what. The engine is made, started and closed by whoever makes the application."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ from pydantic import ValidationError
 from dflash_jax.version import __version__
 from serve.api import errors
 from serve.api.calls import Call
-from serve.api.chat import ChatReply, render
+from serve.api.chat import ChatReply, chat_grammar, render
 from serve.api.completions import CompletionReply
 from serve.api.errors import ApiError
 from serve.api.gate import Gate
+from serve.api.grammars import grammar_of
 from serve.api.metrics import Latencies, make_registry
 from serve.api.replies import EventStream, Reply, answer
 from serve.api.schemas import Body, ChatBody, CompletionBody
@@ -34,13 +36,21 @@ B = TypeVar("B", bound=Body)
 
 
 def create_app(
-    engine: Engine, model: str, *, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    engine: Engine,
+    model: str,
+    *,
+    api_key: str | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    reasoning: bool = True,
 ) -> FastAPI:
-    """Serve `engine`, which has been started, under the name `model`; `app.state.cancel` ends all that runs."""
+    """Serve `engine`, which has been started, under the name `model`; `app.state.cancel` ends all that runs.
+
+    `reasoning`: what a model thinks between <think> and </think> is no part of a chat's content, but has its own.
+    """
     app = FastAPI(title="dflash", version=__version__, openapi_url=None)  # OpenAI's documentation is the documentation
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
     errors.install(app)
-    routes = _Routes(engine, model)
+    routes = _Routes(engine, model, reasoning)
     routes.add_to(app)
     app.state.cancel = routes.cancel
     return app
@@ -65,8 +75,8 @@ def _no_model(asked: str, model: str) -> ApiError:
 class _Routes:
     """The paths, and what they share."""
 
-    def __init__(self, engine: Engine, model: str):
-        self.engine, self.model = engine, model
+    def __init__(self, engine: Engine, model: str, reasoning: bool):
+        self.engine, self.model, self.reasoning = engine, model, reasoning
         self.created = int(time.time())
         self.registry = make_registry(engine)
         self.latencies = Latencies(self.registry)
@@ -96,14 +106,16 @@ class _Routes:
     async def chat(self, http: Request) -> Response:
         body = await _read(http, ChatBody, self.model)
         engine, tokenizer = self.engine, self.engine.pair.tokenizer
-        call = await self._start(lambda: engine_requests(body, [render(tokenizer, body)], engine))
-        return await self._answer(http, body, call, ChatReply(self.model, body, tokenizer))
+        prompt = await asyncio.to_thread(render, tokenizer, body, reasoning=self.reasoning)
+        grammar = chat_grammar(body, prompt)
+        call = await self._start(lambda: engine_requests(body, [prompt.ids], engine, grammar))
+        return await self._answer(http, body, call, ChatReply(self.model, body, tokenizer, prompt))
 
     async def complete(self, http: Request) -> Response:
         body = await _read(http, CompletionBody, self.model)
         engine, tokenizer, prompts = self.engine, self.engine.pair.tokenizer, body.prompts
-        echo = echoes(body)
-        call = await self._start(lambda: engine_requests(body, prompts, engine))
+        echo, grammar = echoes(body), grammar_of(body.response_format, body.structured_outputs)
+        call = await self._start(lambda: engine_requests(body, prompts, engine, grammar))
         before = [_text(tokenizer, prompt) if echo else "" for prompt in prompts]
         reply = CompletionReply(self.model, body.n or 1, tokenizer, before, bool(body.dflash))
         return await self._answer(http, body, call, reply)

@@ -1,25 +1,56 @@
-"""/v1/chat/completions: messages through the target's template, tool calls out of the text."""
+"""/v1/chat/completions: messages through the target's template, thoughts and tool calls out of the text."""
 
 import json
 import uuid
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dflash_jax.decoding.output import Generation, Piece
 from dflash_jax.text import Tokenizer
 from serve.api.drafts import Drafts, whole
+from serve.api.forced import call_grammar, forced, names_function
+from serve.api.grammars import grammar_of
 from serve.api.probabilities import chat_logprobs, joined
+from serve.api.reasoning import OPEN, Thoughts
 from serve.api.replies import Choice, Reply
 from serve.api.schemas import ChatBody, Message
 from serve.api.tools import Call, ToolCalls
+from serve.grammar import Grammar
 
 
-def render(tokenizer: Tokenizer, body: ChatBody) -> list[int]:
-    """Token ids of messages and tools as the target's template writes them. InputError where it refuses."""
+@dataclass(frozen=True)
+class Prompt:
+    """A chat as the target's template writes it."""
+
+    ids: list[int]
+    splits: bool  # whether what the model thinks is told apart from what it says
+    opened: bool  # whether it thinks from its first token on
+    tags: bool  # whether tool calls are written with tags, and not as JSON
+
+
+def render(tokenizer: Tokenizer, body: ChatBody, *, reasoning: bool) -> Prompt:
+    """Messages and tools through the template. InputError where it refuses.
+
+    `reasoning` off leaves all in the content, whatever the template knows of thoughts.
+    """
     options = dict(body.chat_template_kwargs or {})
     if body.tools and body.tool_choice != "none":
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
     text = tokenizer.render([_plain(message) for message in body.messages], **options)
-    return tokenizer.encode_rendered(text)[0].tolist()
+    template = tokenizer.chat_template
+    splits = reasoning and OPEN in template
+    ids = tokenizer.encode_rendered(text)[0].tolist()
+    return Prompt(ids, splits, splits and text.rstrip().endswith(OPEN), "<function=" in template)
+
+
+def chat_grammar(body: ChatBody, prompt: Prompt) -> Grammar | None:
+    """What the answer has to match: the calls that have to come, or what `grammar_of` gives; behind the thoughts."""
+    if functions := forced(body):
+        several = body.parallel_tool_calls is not False and not names_function(body)
+        grammar: Grammar | None = call_grammar(functions, tags=prompt.tags, several=several)
+    else:
+        grammar = grammar_of(body.response_format, body.structured_outputs)
+    return replace(grammar, thinks=prompt.opened) if grammar is not None else None
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -46,14 +77,16 @@ class ChatReply(Reply):
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, model: str, body: ChatBody, tokenizer: Tokenizer):
+    def __init__(self, model: str, body: ChatBody, tokenizer: Tokenizer, prompt: Prompt):
         super().__init__(model, body.n or 1)
         calls = bool(body.tools) and body.tool_choice != "none"
         schemas = {tool.function.name: tool.function.parameters or {} for tool in body.tools or ()}
         self._tokenizer = tokenizer
         self._parsers = [ToolCalls(schemas) for _ in range(self.choices)] if calls else None
         self._drafts = [Drafts(tokenizer) for _ in range(self.choices)] if body.dflash else None
+        self._thoughts = [Thoughts(prompt.opened) for _ in range(self.choices)] if prompt.splits else None
         self._called = [0] * self.choices
+        self._ends_with = "stop" if names_function(body) else "tool_calls"  # as OpenAI's
 
     def _delta(
         self, index: int, delta: dict[str, Any], reason: str | None = None, dflash: dict[str, Any] | None = None
@@ -65,17 +98,26 @@ class ChatReply(Reply):
         return [self._delta(index, {"role": "assistant", "content": ""})]
 
     def piece(self, index: int, piece: Piece) -> list[Choice]:
-        text: list[str | Call] = [piece.text]
-        choices = self._deltas(index, text if self._parsers is None else self._parsers[index].push(piece.text))
+        choices = self._deltas(index, *self._split(index, piece.text))
         if (found := chat_logprobs(self._tokenizer, piece)) is not None:
             choices = choices or [self._delta(index, {"content": ""})]
             choices[-1]["logprobs"] = found
-        if self._drafts:  # of the text as the model wrote it, tool calls and all
+        if self._drafts:  # of the text as the model wrote it, thoughts and tool calls and all
             choices.append(self._delta(index, {}, dflash=self._drafts[index].follow(piece)))
         return choices
 
-    def _deltas(self, index: int, found: list[str | Call]) -> list[Choice]:
-        choices = []
+    def _split(self, index: int, text: str, end: bool = False) -> tuple[str, list[str | Call]]:
+        """What is certain with so much more text, the last one if this is the end: thoughts; text and calls."""
+        thought, said = ("", text) if self._thoughts is None else self._thoughts[index].push(text)
+        if end and self._thoughts is not None:
+            more = self._thoughts[index].flush()
+            thought, said = thought + more[0], said + more[1]
+        if self._parsers is None:
+            return thought, [said]
+        return thought, [*self._parsers[index].push(said), *(self._parsers[index].flush() if end else ())]
+
+    def _deltas(self, index: int, thought: str, found: list[str | Call]) -> list[Choice]:
+        choices = [self._delta(index, {"reasoning_content": thought})] if thought else []
         for item in found:
             if isinstance(item, Call):
                 number, self._called[index] = self._called[index], self._called[index] + 1
@@ -85,27 +127,26 @@ class ChatReply(Reply):
         return choices
 
     def end(self, index: int, generation: Generation) -> list[Choice]:
-        choices = [] if self._parsers is None else self._deltas(index, self._parsers[index].flush())
+        choices = self._deltas(index, *self._split(index, "", end=True))
         dflash = self._drafts[index].rest() if self._drafts else None
-        return [*choices, self._delta(index, {}, _reason(generation, self._called[index]), dflash)]
+        return [*choices, self._delta(index, {}, self._reason(generation, self._called[index]), dflash)]
 
     def whole(self, index: int, pieces: list[Piece], generation: Generation) -> Choice:
-        found: list[str | Call] = [generation.text]
-        if self._parsers is not None:
-            found = [*self._parsers[index].push(generation.text), *self._parsers[index].flush()]
+        thought, found = self._split(index, generation.text, end=True)
         text = "".join(item for item in found if isinstance(item, str))
         calls = [_call(item) for item in found if isinstance(item, Call)]
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
         if calls:
             message["tool_calls"] = calls
         more = {"dflash": whole(self._tokenizer, pieces)} if self._drafts else {}
-        reason = _reason(generation, len(calls))
+        reason = self._reason(generation, len(calls))
         likely = joined([chat_logprobs(self._tokenizer, piece) for piece in pieces])
         return {"index": index, "message": message, "logprobs": likely, "finish_reason": reason, **more}
 
-
-def _reason(generation: Generation, calls: int) -> str:
-    return "tool_calls" if calls and generation.finish_reason == "stop" else generation.finish_reason
+    def _reason(self, generation: Generation, calls: int) -> str:
+        return self._ends_with if calls and generation.finish_reason == "stop" else generation.finish_reason
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dflash_jax.errors import InputError
 from dflash_jax.text import Prompt
 from serve.api.errors import ApiError
-from serve.api.grammars import grammar_of
+from serve.api.forced import forced
 from serve.api.schemas import Body, ChatBody, CompletionBody
 from serve.engine import Engine
+from serve.grammar import Grammar
 from serve.requests import Request
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on to the end
 SEEDS = 2**32
 
 
-def engine_requests(body: Body, prompts: Sequence[Prompt], engine: Engine) -> list[Request]:
+def engine_requests(body: Body, prompts: Sequence[Prompt], engine: Engine, grammar: Grammar | None) -> list[Request]:
     """`n` for each prompt, in their order. Choice i has the seed + i; without a seed, each prompt has one by chance.
 
     InputError for prompts that cannot be, and for more than the engine ever takes.
@@ -33,7 +34,7 @@ def engine_requests(body: Body, prompts: Sequence[Prompt], engine: Engine) -> li
         "max_new_tokens": _most_tokens(body, longest),
         "min_tokens": body.min_tokens or 0,
         "logprobs": _likely_tokens(body),
-        "grammar": grammar_of(body.response_format, body.structured_outputs),
+        "grammar": grammar,
     }
     for name in ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         if (value := getattr(body, name)) is not None:
@@ -61,15 +62,13 @@ def _likely_tokens(body: Body) -> int | None:
 
 
 def refuse_unavailable(body: Body) -> None:
-    """ApiError for what OpenAI's servers know and this one does not do."""
+    """ApiError for what OpenAI's servers know and this one does not do: grammars of calls that may come or not."""
     asked = []
-    if isinstance(body, ChatBody):
-        if body.tool_choice not in (None, "auto", "none"):
-            asked.append("tool_choice other than auto and none")
+    if isinstance(body, ChatBody) and not forced(body):
         if body.tools and body.parallel_tool_calls is False:
-            asked.append("parallel_tool_calls: false")
+            asked.append("parallel_tool_calls: false without a tool_choice that asks for a call")
         if any(tool.function.strict for tool in body.tools or ()):
-            asked.append("strict functions")
+            asked.append("strict functions without a tool_choice that asks for one")
     if asked:
         raise ApiError(400, f"this server cannot do {', '.join(asked)}; leave it out", code="unsupported")
 

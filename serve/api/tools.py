@@ -106,7 +106,9 @@ def _typed(text: str, schema: Any) -> Any:
     """A bare value as its schema wants it: a text, or JSON, or Python's True, False and None."""
     kinds = schema.get("type") if isinstance(schema, dict) else None
     kinds = {kinds} if isinstance(kinds, str) else set(kinds) if isinstance(kinds, list) else set()
-    if kinds == {"string"} or (not kinds and not (isinstance(schema, dict) and {"anyOf", "oneOf"} & schema.keys())):
+    if kinds == {"string"} or (
+        not kinds and not (isinstance(schema, dict) and {"anyOf", "oneOf", "$ref"} & schema.keys())
+    ):
         return text
     word = text.strip()
     try:

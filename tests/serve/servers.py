@@ -18,6 +18,7 @@ import dflash_jax
 from dflash_jax.pair import EMBEDDED
 from dflash_jax.text import load_tokenizer
 from serve.api.app import create_app
+from serve.api.starting import Starting
 from serve.config import EVERYTHING, GREEDY, EngineConfig
 from serve.engine import Engine
 from tests.serve import engines
@@ -34,12 +35,13 @@ TEMPLATE = (
     r" {{ call.function.name }}({{ call.function.arguments.a + 1 }}){% endfor %}"
     r"{{ '\n' }}{% endfor %}"
     r"{% if add_generation_prompt %}<assistant{{ ' think' if enable_thinking else '' }}>{% endif %}"
+    r"{{ '<think>\n' if aloud else '' }}"
 )
 # Texts that tests make the model say are whole tokens: they take the place of the last that the tokenizer has learnt.
 SAID = [
     "Sure.", "\n<tool", "_call>\n{", '"name": "add", "arg', 'uments": {"a": 1, ', '"b": "x y"}}\n', "</tool_c", "all>",
     "\n<tool_call>\n<function=add>\n<para", "meter=a>\n7\n</parameter>\n<parameter=b>\n", "8\n</parameter>\n</func",
-    "tion>\n</tool_call>", "\n<tool_call>oh no",
+    "tion>\n</tool_call>", "\n<tool_call>oh no", "<thi", "nk>\nhm", "m </thi", "nk>\n\nYes",
 ]  # fmt: skip
 VOCAB = 2048
 
@@ -97,10 +99,12 @@ def make_app(engine: Engine, **options) -> FastAPI:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def listening(app: FastAPI | Starting) -> Iterator[str]:
     """uvicorn in a thread; its address."""
     with socket.create_server(("127.0.0.1", 0), backlog=512) as sock:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, log_level="critical", lifespan="off", timeout_graceful_shutdown=5)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -1,6 +1,7 @@
 """OpenAI's own client against a real server: what it gets is what the engine gives, whole and streamed."""
 
 import asyncio
+import json
 
 import openai
 import pytest
@@ -17,6 +18,21 @@ ADD = {
         "name": "add",
         "description": "Add.",
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}},
+    },
+}
+
+SIDES = ["left", "right (2)"]
+PICK = {
+    "type": "function",
+    "function": {
+        "name": "pick",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"side": {"enum": SIDES}},
+            "required": ["side"],
+            "additionalProperties": False,
+        },
     },
 }
 
@@ -193,6 +209,60 @@ def test_tool_calls(served, client, said, content, arguments):
     assert [c.function.arguments for c in final.message.tool_calls or []] == arguments
     assert final.finish_reason == choice.finish_reason
     assert len({c.id for c in calls}) == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("choice", "more", "reason"),
+    [
+        ({"type": "function", "function": {"name": "pick"}}, {}, "stop"),
+        ("required", {"parallel_tool_calls": False}, "tool_calls"),
+    ],
+)
+def test_a_call_that_has_to_come(served, client, choice, more, reason):
+    tools = [ADD, PICK] if isinstance(choice, dict) else [PICK]
+    settings = {"model": MODEL, "messages": MESSAGES, "tools": tools, "tool_choice": choice, "max_tokens": 100} | more
+    (got,) = client.chat.completions.create(**settings, temperature=0).choices
+    (call,) = got.message.tool_calls
+    assert (got.message.content, got.finish_reason, call.function.name) == (None, reason, "pick")
+    assert json.loads(call.function.arguments)["side"] in SIDES
+    with client.chat.completions.stream(**settings, temperature=0) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert [c.function.arguments for c in final.message.tool_calls] == [call.function.arguments]
+    assert (final.message.content or None, final.finish_reason) == (None, reason)
+
+
+THOUGHT = servers.SAID[13:17]
+
+
+@pytest.mark.parametrize(
+    ("aloud", "said", "thought"), [(False, THOUGHT, "hmm"), (True, THOUGHT[2:], "m"), (True, THOUGHT[1:2], "nk>\nhm")]
+)
+def test_thoughts_have_their_own_content(served, client, aloud, said, thought):
+    settings = say(served.tokenizer, *said) | {"model": MODEL, "messages": MESSAGES}
+    settings["extra_body"] |= {"chat_template_kwargs": {"aloud": aloud}}
+    content = "Yes" if said[-1] == THOUGHT[-1] else ""
+    message = client.chat.completions.create(**settings).choices[0].message
+    assert (message.reasoning_content, message.content) == (thought, content)
+    deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**settings, stream=True)]
+    assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == thought
+    assert "".join(delta.content or "" for delta in deltas) == content
+    app = servers.make_app(served.engine, reasoning=False)
+    with servers.listening(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as plain:
+        assert plain.chat.completions.create(**settings).choices[0].message.content == "".join(said)
+
+
+def test_a_grammar_is_for_what_follows_the_thoughts(served, client):
+    settings = say(served.tokenizer, *THOUGHT[2:]) | {"model": MODEL, "messages": MESSAGES}
+    settings["extra_body"] |= {"chat_template_kwargs": {"aloud": True}, "structured_outputs": {"choice": ["Yes", "No"]}}
+    (choice,) = client.chat.completions.create(**settings).choices
+    assert (choice.message.reasoning_content, choice.message.content, choice.finish_reason) == ("m", "Yes", "stop")
+
+
+def test_choices_of_one_prompt_share_its_prefill(served, client):
+    served.wait_idle()
+    before, prompt = served.engine.stats.prefill_tokens, [1001] * 40
+    client.completions.create(model=MODEL, prompt=prompt, n=4, max_tokens=2)
+    assert served.engine.stats.prefill_tokens - before == 40 + 3 * 8
 
 
 def test_tools_and_their_results_are_in_the_prompt(served, client):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dflash_jax
-from serve import command
+from serve.api.server import Server, answer
 from serve.requests import Request
 from tests.serve import servers
 from tests.serve.servers import MODEL
@@ -125,8 +125,12 @@ def test_completions_that_cannot_be(client, changes, message):
         ({"functions": [{"name": "f"}]}, "does not know functions"),
         ({"reasoning_effort": "high"}, "does not know reasoning_effort"),
         ({"tools": [{"type": "magic"}]}, "tools.0.type"),
-        ({"tools": [TOOL]}, "cannot do strict functions;"),
-        ({"tool_choice": "required"}, "cannot do tool_choice other than"),
+        ({"tools": [TOOL]}, "cannot do strict functions without a tool_choice that asks for one;"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "cannot do parallel_tool_calls: false without"),
+        ({"tool_choice": "required"}, "tool_choice is required, and there are no tools"),
+        ({"tool_choice": {"name": "f"}}, "tool_choice is {'name': 'f'}; give auto, none, required"),
+        ({"tools": [TOOL | {"function": {"name": "f", "parameters": {"type": "strin"}}}], "tool_choice": "required"},
+            "the grammar .lark. cannot be used"),
         ({"top_logprobs": 2}, "without logprobs: true"),
         ({"response_format": {"type": "yaml"}}, "has the type 'yaml'; give one of text, json_object"),
         ({"response_format": {"type": "json_schema"}}, "has no json_schema.schema"),
@@ -261,13 +265,13 @@ def test_who_is_still_served_at_the_end_is_told(served, capfd, stream):
     with socket.create_server(("127.0.0.1", 0)) as sock, ThreadPoolExecutor(2) as pool:
         asked = pool.submit(ask, f"http://127.0.0.1:{sock.getsockname()[1]}")
         stopped = pool.submit(stop)
-        command.answer(app, sock, "here", 0.1, app.state.cancel)
+        answer(Server(app, 0.1, app.state.cancel), sock)
         stopped.result()
         status, line = asked.result()
     error = json.loads(line.removeprefix("data: "))["error"]
     assert status == (200 if stream else 503)
     assert (error["code"], error["type"]) == ("stopped", "server_error")
-    assert capfd.readouterr() == ("here\n", "")
+    assert capfd.readouterr() == ("", "")
     served.wait_idle()
 
 

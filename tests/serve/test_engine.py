@@ -118,6 +118,22 @@ def test_prompts_that_begin_alike_share_pages(engine):
     engines.check_idle(engine)
 
 
+def test_a_prompt_that_came_several_times_is_prefilled_once(engine):
+    """All but what follows its last full page; others do not wait for that."""
+    before = engine.stats.prefill_tokens, engine.stats.prefix_hits
+    prompt, other = pairs.prompts([45, 11], seed=12)
+    requests = [Request(prompt, max_new_tokens=9, temperature=1.0, seed=i) for i in range(5)]
+    handles = [engine.submit(r) for r in [*requests, Request(other, max_new_tokens=9)]]
+    engine.step()
+    assert [r.prompt for r in engine.scheduler.running] == [prompt, other]
+    engines.drain(engine)
+    assert [h.usage.cached_tokens for h in handles] == [0, 40, 40, 40, 40, 0]
+    assert engine.stats.prefill_tokens - before[0] == 45 + 4 * 5 + 11
+    assert engine.stats.prefix_hits - before[1] == 4
+    assert [h.result().tokens for h in handles[:5]] == [e.tokens for e in engines.expected(requests)]
+    engines.check_idle(engine)
+
+
 def test_cancelling_frees_everything(engine):
     handles = [engine.submit(Request(p, max_new_tokens=50)) for p in PROMPTS[:6]]
     for _ in range(4):
@@ -128,6 +144,36 @@ def test_cancelling_frees_everything(engine):
     assert [h.result().finish_reason == "cancelled" for h in handles] == [True, False] * 3
     for handle in handles[1::2]:
         assert handle.result().tokens == engines.alone(handle.request).tokens
+    engines.check_idle(engine)
+
+
+def test_cancelling_all_leaves_what_comes_later(engine):
+    handles = [engine.submit(Request(p, max_new_tokens=50)) for p in PROMPTS[:6]]
+    for _ in range(4):
+        engine.step()
+    handles.append(engine.submit(Request(PROMPTS[6], max_new_tokens=50)))
+    engine.cancel_all()
+    later = engine.submit(REQUESTS[0])
+    engines.drain(engine)
+    assert {h.result().finish_reason for h in handles} == {"cancelled"}
+    assert later.result() == engines.alone(REQUESTS[0])
+    engines.check_idle(engine)
+
+
+def test_a_sender_whose_delivery_raises_ends_its_own_request_only(engine, caplog):
+    events, cancelled = [], engine.stats.cancelled
+
+    def deliver(event):
+        events.append(event)
+        raise ValueError("not today")
+
+    good = engine.submit(REQUESTS[0])
+    engine.submit(Request(PROMPTS[1], max_new_tokens=50), deliver)
+    engine.submit(Request(PROMPTS[4], max_new_tokens=1), deliver)
+    engines.drain(engine)
+    assert good.result() == engines.alone(REQUESTS[0])
+    assert len(events) == 2 and engine.stats.cancelled == cancelled + 1
+    assert caplog.text.count("ValueError: not today") == 2
     engines.check_idle(engine)
 
 
@@ -161,6 +207,9 @@ def test_the_thread_serves_and_ends(engine):
         handles = [engine.submit(r) for r in REQUESTS[:4]]
         pieces = list(handles[0])
         results = [h.result() for h in handles]
+        left = [engine.submit(Request(p, max_new_tokens=50)) for p in PROMPTS[:6]]
+    assert "cancelled" in {h.result().finish_reason for h in left}
+    engines.check_idle(engine)
     assert [t for p in pieces for t in p.tokens] == results[0].tokens
     assert len(pieces) > 2
     assert [r.tokens for r in results] == [e.tokens for e in engines.expected(REQUESTS[:4])]

@@ -1,7 +1,9 @@
 """Memory, positions and other kinds of targets: what an engine is not made for, and what goes on in another way."""
 
+import logging
 from dataclasses import replace
 
+import jax
 import pytest
 
 from dflash_jax.decoding.generate import generate
@@ -16,8 +18,31 @@ from tests.serve import engines
 ONE = replace(engines.SMALL, slots=1, buckets=(1,), pages=None, prefill=((1, 8),))
 
 
-def test_a_request_past_the_drafters_positions_goes_on_plainly():
-    pair = pairs.pair("qwen3", drafter_positions=40)
+@pytest.fixture(scope="module")
+def pair():
+    return pairs.pair("qwen3", drafter_positions=40)
+
+
+def test_the_start_tells_how_far_it_is_and_can_be_ended(pair, caplog):
+    """Rounds are compiled in threads, and not again where they are called first."""
+    told, done = [], ValueError("enough")
+
+    def progress(*numbers):
+        told.append(numbers)
+        if len(told) == 3:
+            raise done
+
+    with pytest.raises(ValueError, match="enough"):
+        Engine(pair, ONE, progress)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        Engine(pair, ONE, lambda *numbers: told.append(numbers))
+    assert told == [(i, 6) for i in (*range(3), *range(7))]
+    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Finished XLA compilation of")]
+    assert any("run_prefill" in line for line in compiled)
+    assert not any("run_rounds" in line for line in compiled)
+
+
+def test_a_request_past_the_drafters_positions_goes_on_plainly(pair):
     engine = Engine(pair, ONE)
     prompt = pairs.prompts([12])[0]
     (result,) = engines.run(engine, [Request(prompt, max_new_tokens=70)])
@@ -68,8 +93,8 @@ def test_a_configuration_that_cannot_work_is_refused(change, message):
         resolve(engines.pair(), replace(ONE, **change))
 
 
-def test_too_many_requests_are_sent_away():
-    engine = Engine(pairs.pair("qwen3", drafter_positions=40), replace(ONE, max_requests=2))
+def test_too_many_requests_are_sent_away(pair):
+    engine = Engine(pair, replace(ONE, max_requests=2))
     handles = [engine.submit(Request([1, 2], max_new_tokens=3)) for _ in range(2)]
     with pytest.raises(Busy, match="2 requests"):
         engine.submit(Request([1]))

@@ -14,8 +14,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+import dflash_jax
 from dflash_jax import cli
-from serve.command import answer
+from serve.api.server import Server, answer
+from serve.api.starting import Starting, StoppedError
 from tests.serve import servers
 
 SERVE = [
@@ -43,6 +45,7 @@ def running(cache: Path, *options: str):
     watchdog = threading.Timer(240, process.kill)
     watchdog.start()
     try:
+        early(process.stderr.readline())
         line = process.stdout.readline()
         found = re.fullmatch(r"serving small at (http://127.0.0.1:\d+), 1 requests at once\n", line)
         assert found, line + process.stderr.read()
@@ -51,6 +54,33 @@ def running(cache: Path, *options: str):
         watchdog.cancel()
         process.kill()
         process.communicate()
+
+
+def early(line: str) -> None:
+    """The server listens while it compiles, and says so."""
+    found = re.fullmatch(r"compiling (\d+) programs for small at (http://127.0.0.1:\d+)\n", line)
+    assert found, line
+    health = httpx.get(f"{found[2]}/health")
+    assert (health.status_code, health.json()["status"]) == (503, "starting")
+    assert health.json()["programs"]["of"] == int(found[1])
+
+
+def test_who_comes_too_early_is_told_how_far_it_is():
+    front = Starting("small")
+    with servers.listening(front) as url:
+        refused = httpx.post(f"{url}/v1/completions", json={})
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+        front.progress(3, 40)
+        assert "starting, 3 of 40 programs are compiled; send" in httpx.get(f"{url}/").json()["error"]["message"]
+        assert httpx.get(f"{url}/health").json() == {
+            "status": "starting", "model": "small", "version": dflash_jax.__version__,
+            "programs": {"compiled": 3, "of": 40},
+        }  # fmt: skip
+        front.app = FastAPI()
+        assert httpx.get(f"{url}/nothing").json() == {"detail": "Not Found"}
+    front.stopped = True
+    with pytest.raises(StoppedError):
+        front.progress(4, 40)
 
 
 @pytest.mark.slow
@@ -85,12 +115,12 @@ def test_both_signals_end_it_and_are_nobody_elses(name, capfd):
         killer = threading.Timer(0.5, signal.raise_signal, [name])
         killer.start()
         try:
-            answer(FastAPI(), sock, "here", seconds=5, cancel=lambda: None)
+            answer(Server(FastAPI(), seconds=5, cancel=lambda: None), sock)
         finally:
             killer.cancel()
             idle.close()
     assert signal.getsignal(name) is before
-    assert capfd.readouterr() == ("here\n", "")
+    assert capfd.readouterr() == ("", "")
 
 
 def refused(capfd, *options: str) -> str:
@@ -115,5 +145,6 @@ def test_bad_options(capfd):
 
 def test_a_missing_extra_is_named(capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "serve.command", raising=False)
+    for name in ("serve.command", "serve.api.server"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     assert "uvicorn; pip install 'dflash-jax[serve]'" in refused(capfd)

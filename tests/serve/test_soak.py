@@ -1,5 +1,9 @@
 """The soak in short: hundreds of requests and cancels, and nothing is left behind."""
 
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from benchmarks.soak import KINDS, Soak, cases
@@ -11,16 +15,54 @@ def pool():
     return cases(engines.pair(), 16, new_tokens=40, longest=40, kinds=(KINDS[0], KINDS[3]))
 
 
-def test_hundreds_of_requests_leave_nothing_behind(pool):
-    engine = engines.engine()
-    with engine:
-        soak = Soak(engine, pool)
-        soak.run(lambda sent: sent < 60, ahead=12, longest=40, cancels=0.1)
-        soak.warm()
-        soak.run(lambda sent: sent < 200, ahead=12, longest=6)
-        soak.run(lambda sent: sent < 100, ahead=12, longest=40, cancels=0.15)
-        report = soak.done()
+@pytest.fixture(scope="module")
+def engine():
+    with engines.engine() as engine:
+        yield engine
+
+
+def test_hundreds_of_requests_leave_nothing_behind(engine, pool):
+    soak = Soak(engine, pool)
+    soak.run(lambda sent: sent < 60, ahead=12, longest=40, cancels=0.1)
+    soak.warm()
+    soak.run(lambda sent: sent < 200, ahead=12, longest=6)
+    soak.run(lambda sent: sent < 100, ahead=12, longest=40, cancels=0.15)
+    report = soak.done()
     assert not report.problems
     assert report.finished + report.cancelled == 360
     assert report.cancelled > 5
     engines.check_idle(engine)
+
+
+def short(engine, pool) -> Soak:
+    soak = Soak(engine, pool)
+    soak.warm()
+    soak.run(lambda sent: sent < 4, ahead=4, longest=3)
+    return soak
+
+
+def test_a_wrong_output_is_a_problem(engine, pool):
+    wrong = [replace(case, tokens=[case.tokens[0] ^ 1, *case.tokens[1:]]) for case in pool[:1]]
+    problems = short(engine, wrong).done().problems
+    assert len(problems) == 4
+    assert all(re.fullmatch(r"request \d gave \[.+\], not \[.+\]", problem) for problem in problems)
+
+
+def test_what_is_left_behind_is_a_problem(engine, pool, tmp_path, monkeypatch):
+    """A page, a slot, a request, a file."""
+    scheduler, soak = engine.scheduler, short(engine, pool)
+    pages = scheduler.pages.take(1)
+    problems = soak.done().problems
+    scheduler.pages.release(pages)
+    assert problems == ["pages: holders are not the sequences", "1 pages are held by nobody"]
+    soak = short(engine, pool)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "slots", [None, SimpleNamespace(order=0, pages=[]), None])
+        patch.setattr(engine.stats, "submitted", engine.stats.submitted + 2)
+        problems = soak.done().problems
+    assert problems == ["slots are taken: 1", "2 requests have not ended"]
+    soak = short(engine, pool)
+    with (tmp_path / "left").open("w"):
+        (problem,) = soak.done().problems
+    assert problem.startswith("threads and handles grew from")
+    assert not short(engine, pool).done().problems
