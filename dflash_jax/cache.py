@@ -40,8 +40,11 @@ class KeyValues:
         heads *= kv_copies(heads)
         packed = side_by_side(heads, head_dim, dtype)
         zeros = jnp.zeros((batch, heads // packed, capacity, packed * head_dim), dtype)
-        zeros = constrain(zeros, "batch", "kv_heads", None, None)
-        return cls(zeros, zeros)
+        return cls(zeros, zeros).laid_out()
+
+    def laid_out(self) -> "KeyValues":
+        """The same where the context's mesh wants it."""
+        return jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), self)
 
     def placed(self, rows: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
         """Keys or values of T positions as this cache holds them."""
@@ -78,10 +81,14 @@ class Recurrence:
         channels = 2 * c.k_head_dim + c.num_v_heads // c.num_k_heads * c.v_head_dim
         conv = jnp.zeros((batch, c.conv_kernel - 1, c.num_k_heads, channels), dtype)
         pending = Pending.empty(batch, rows, c.num_k_heads, c.num_v_heads, c.k_head_dim, c.v_head_dim, dtype)
-        return cls(
-            state=constrain(jnp.zeros((batch, c.num_v_heads, c.k_head_dim, c.v_head_dim)), "batch", "key_heads", "..."),
-            conv=constrain(conv, "batch", None, "key_heads", None),
-            pending=jax.tree.map(lambda x: constrain(x, "batch", "key_heads", "..."), pending),
+        return cls(jnp.zeros((batch, c.num_v_heads, c.k_head_dim, c.v_head_dim)), conv, pending).laid_out()
+
+    def laid_out(self) -> "Recurrence":
+        """The same where the context's mesh wants it."""
+        return Recurrence(
+            state=constrain(self.state, "batch", "key_heads", "..."),
+            conv=constrain(self.conv, "batch", None, "key_heads", None),
+            pending=jax.tree.map(lambda x: constrain(x, "batch", "key_heads", "..."), self.pending),
         )
 
     def fitted(self, rows: int) -> "Recurrence":

@@ -60,13 +60,11 @@ def put_back(
         finished = jnp.where(there, part.finished, d.finished)
         cache = replace(cache, page_table=d.cache.page_table)
         kept = d.history if part.history is None else part.history
-        return replace(
-            state,
-            decode=replace(
-                part, cache=cache, draft_cache=draft_cache, finished=finished, history=kept, counts=d.counts,
-                rounds=d.rounds, logprobs=None,
-            ),
+        decode = replace(
+            part, cache=cache, draft_cache=draft_cache, finished=finished, history=kept, counts=d.counts,
+            rounds=d.rounds, logprobs=None,
         )  # fmt: skip
+        return replace(state, decode=decode).laid_out()
 
     def put(old: Any, new: Any) -> Any:
         return jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), old, new)
@@ -80,4 +78,4 @@ def put_back(
         finished=put(d.finished, part.finished),
         history=d.history if part.history is None else put(d.history, part.history),
     )
-    return replace(state, decode=decode)
+    return replace(state, decode=decode).laid_out()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import dflash_jax
 from dflash_jax.errors import InputError
+from dflash_jax.sharding import make_mesh, mesh_sizes
 from serve.api.app import create_app
 from serve.api.server import Server, answer
 from serve.api.starting import Starting, StoppedError
@@ -30,7 +31,7 @@ def serve(options: "ServeOptions") -> int:
     Running requests then have `shutdown_seconds` to end; what is left is cancelled. InputError for what cannot work.
     """
     _check(options)
-    front = Starting(options.model_name or _name(options.target))
+    front = Starting(options.model_name or model_name(options.target))
     with _bind(options.host, options.port) as sock, ThreadPoolExecutor(1) as pool:
         server = Server(front, options.shutdown_seconds, front.cancel)
         made = pool.submit(_make, options, front, _address(options.host, sock))
@@ -47,7 +48,8 @@ def serve(options: "ServeOptions") -> int:
 
 def _make(options: "ServeOptions", front: Starting, address: str) -> Engine:
     """The engine, started and in front of everybody."""
-    pair = dflash_jax.load(options.target, options.drafter)
+    mesh = make_mesh(None, **mesh_sizes(options.mesh)) if options.mesh else None
+    pair = dflash_jax.load(options.target, options.drafter, mesh=mesh)
     if pair.tokenizer.can_chat:
         with contextlib.suppress(InputError):  # whoever chats will be told
             pair.tokenizer.render([{"role": "user", "content": ""}])  # imports transformers, which takes seconds
@@ -104,7 +106,8 @@ def _check(options: "ServeOptions") -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")
 
 
-def _name(target: str | None) -> str:
+def model_name(target: str | None) -> str:
+    """What a checkpoint is called where nobody has named it."""
     return "dflash-embedded" if target is None else Path(target).resolve().name if Path(target).is_dir() else target
 
 

@@ -29,7 +29,7 @@ class EngineConfig:
     max_length: int | None = None  # tokens of a request, prompt and output; None: the model's positions
     page_size: int = 16  # tokens
     pages: int | None = None  # None: as many as the memory budget allows, else enough for all slots at their longest
-    memory_bytes: int | None = None  # for weights, caches and state, of the device
+    memory_bytes: int | None = None  # for weights, caches and state, of each device
     checkpoints: int = 64  # recurrent states that the prefix cache may keep
     prefix_cache: bool = True
     buckets: tuple[int, ...] | None = None  # batch sizes; None: 1, 4, 16, ... up to the slots
@@ -136,6 +136,11 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     length = longest if c.max_length is None else c.max_length
     if not 2 <= length <= longest:
         raise InputError(f"max_length is {length}; give 2 to {longest}, the model's positions")
+    if pair.batch_multiple > 1:
+        raise InputError(
+            f"the mesh spreads the batch over {pair.batch_multiple} devices, and the pages of an engine are of no one "
+            "sequence; give a mesh of expert and tensor, and more replicas for more requests"
+        )
     widths = _widths(pair, c)
     buckets = _buckets(c)
     if any(tokens % c.page_size for _, tokens in c.prefill) and c.prefix_cache:

@@ -1,5 +1,6 @@
 """The engine's state on the device, one entry a slot, and how a request gets into it."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt32
 
-from dflash_jax.cache import DrafterCache, Recurrence, TargetCache
+from dflash_jax.cache import DrafterCache, KeyValues, Recurrence, TargetCache
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.decoding.masks import words_of
 from dflash_jax.decoding.round import DecodeState
 from dflash_jax.decoding.sampling import History, Sampling, SamplingPlan
+from dflash_jax.sharding import constrain
 
 STOPS = 16  # stop ids a request can have
 MIDDLE, LAST, RESUMED = 0, 1, 2  # chunks of a prompt: more follow; the first token follows; it is known already
@@ -58,6 +60,25 @@ class Slots:
     checkpoints: tuple[tuple[Array, Array], ...]  # state and convolution tail of each recurrent layer, by checkpoint
     words: UInt32[Array, "M N"] | None  # what each request's first token may be (see `TokenMask`)
 
+    def laid_out(self) -> "Slots":
+        """The same where the context's mesh wants it: heads are spread, and all else every device has.
+
+        Each program gives the state back so, and the next one finds it as it was compiled for.
+        """
+
+        def is_layer(x: Any) -> bool:
+            return isinstance(x, KeyValues | Recurrence)
+
+        def place(x: Any) -> Any:
+            return x.laid_out() if is_layer(x) else constrain(x, "...")
+
+        checkpoints = (
+            (constrain(matrix, None, "key_heads", "..."), constrain(tail, None, None, "key_heads", None))
+            for matrix, tail in self.checkpoints
+        )
+        rest = jax.tree.map(place, replace(self, checkpoints=()), is_leaf=is_layer)
+        return replace(rest, checkpoints=tuple(checkpoints))
+
 
 @partial(jax.jit, static_argnames=("target", "drafter", "dtype", "sizes"))
 def empty(target: TargetConfig, drafter: DrafterConfig | None, dtype: Any, sizes: Sizes) -> Slots:
@@ -91,7 +112,7 @@ def empty(target: TargetConfig, drafter: DrafterConfig | None, dtype: Any, sizes
         if isinstance(layer, Recurrence)
     )
     words = jnp.zeros((M, words_of(V)), jnp.uint32) if sizes.grammar else None
-    return Slots(decode, sampling, tuple(kept), words)
+    return Slots(decode, sampling, tuple(kept), words).laid_out()
 
 
 def _room_for(rows: Array, count: int) -> Array:
@@ -155,9 +176,9 @@ def admit(state: Slots, new: Admission) -> Slots:
     own = replace(new.sampling, plan=state.sampling.plan)
     sampling = jax.tree.map(lambda old, one: old.at[at].set(one[0]), state.sampling, own)
     words = None if state.words is None else state.words.at[at].set(new.words)
-    return replace(state, decode=decode, sampling=sampling, words=words)
+    return replace(state, decode=decode, sampling=sampling, words=words).laid_out()
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes of all arrays of a tree, abstract ones too."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes that one device holds of all arrays of a tree, abstract ones with a sharding too."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from dflash_jax.decoding.width import WidthController
 from dflash_jax.pair import Pair
@@ -31,6 +32,14 @@ class Busy(RuntimeError):
     """The queue is full: try again later."""
 
 
+@dataclass(frozen=True)
+class Command:
+    """From a sender's thread to the loop: a new request, one to cancel, or nothing, which wakes the loop."""
+
+    running: Running | None = None
+    cancel: Handle | None = None
+
+
 class Engine:
     """Serves requests until it is closed. Use it as a context manager, or call `step` yourself without `start`."""
 
@@ -44,14 +53,14 @@ class Engine:
         recurrent = c.sizes.checkpoints if self.programs.recurrent else None
         prefix = PrefixCache(pages, c.sizes.page, recurrent) if c.prefix_cache else None
         self.scheduler = Scheduler(c.sizes.slots, c.sizes.page, c.sizes.rounds * c.sizes.width, pages, prefix)
-        self.controller = WidthController(c.widths)
+        self.controller = self._make_controller()
         self.controller.fixed = None if c.adaptive else c.widths[-1]
         warm_up(self.programs, self.controller, progress)
         self.stats = Stats()
         self._dispatcher = Dispatcher(c, self.scheduler, self.programs, self.controller, self.stats)
         self._collector = Collector(c, self.controller, self.stats, self._end)
         self._flights: deque[Flight] = deque()
-        self._commands: queue.SimpleQueue[tuple[str, Handle, Running | None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._requests: dict[Handle, Running] = {}
         self._open: set[Handle] = set()  # handles of these, and of those that were submitted since
         self._grammars = Grammars(pair)
@@ -60,6 +69,9 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._error: Exception | None = None
+
+    def _make_controller(self) -> WidthController:
+        return WidthController(self.config.widths)
 
     @property
     def alive(self) -> bool:
@@ -77,13 +89,16 @@ class Engine:
         with self._lock:
             self._arrivals += 1
             order = self._arrivals
-        running = prepare(self.pair, handle, order, self.config, self._grammars)
+        running = self._prepare(handle, order)
         with self._lock:  # nothing can end the engine, or all requests, in between
             self._check_alive()
             self.stats.submitted += 1
             self._open.add(handle)
-            self._commands.put(("submit", handle, running))
+            self._commands.put(Command(running=running))
         return handle
+
+    def _prepare(self, handle: Handle, order: int) -> Running:
+        return prepare(self.pair, handle, order, self.config, self._grammars)
 
     def _check_alive(self) -> None:
         if not self.alive:
@@ -91,7 +106,7 @@ class Engine:
 
     def cancel(self, handle: Handle) -> None:
         """End a request soon; nothing happens to one that has ended."""
-        self._commands.put(("cancel", handle, None))
+        self._commands.put(Command(cancel=handle))
 
     def cancel_all(self) -> None:
         """End all requests that are here, soon; others can follow."""
@@ -109,11 +124,14 @@ class Engine:
         """Stop the loop; requests that are not finished are cancelled."""
         with self._lock:
             self._closed = True
-        self._commands.put(("wake", None, None))  # pyrefly: ignore[bad-argument-type]
+        self._commands.put(Command())
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._take_commands(wait=False)
+        self._cancel_all()
+
+    def _cancel_all(self) -> None:
         while self._flights:
             self._collect()
         for running in list(self._requests.values()):
@@ -158,14 +176,23 @@ class Engine:
         self._collector.collect(self._flights.popleft())
 
     def _take_commands(self, wait: bool) -> None:
+        for command in self._asked(wait):
+            self._obey(command)
+
+    def _asked(self, wait: bool) -> list[Command]:
+        """What senders have asked for since the last time; with `wait` there is something."""
+        asked = []
         while wait or not self._commands.empty():
-            kind, handle, running = self._commands.get()
+            asked.append(self._commands.get())
             wait = False
-            if running is not None:
-                self._requests[handle] = running
-                self.scheduler.waiting.append(running)
-            elif kind == "cancel" and (known := self._requests.get(handle)) is not None:
-                self._end(known, "cancelled")
+        return asked
+
+    def _obey(self, command: Command) -> None:
+        if command.running is not None:
+            self._requests[command.running.handle] = command.running
+            self.scheduler.waiting.append(command.running)
+        elif command.cancel is not None and (known := self._requests.get(command.cancel)) is not None:
+            self._end(known, "cancelled")
 
     def _end(self, running: Running, reason: str | Exception | None = None) -> None:
         """Free what a request holds, and tell its sender. Programs in flight may still run it: nobody reads them."""

@@ -15,6 +15,7 @@ from dflash_jax.decoding.generate import PRODUCTS
 from dflash_jax.decoding.proposal import Proposal
 from dflash_jax.decoding.round import propose_round, verify_round
 from dflash_jax.decoding.sampling import SamplingPlan
+from dflash_jax.sharding import constrain
 from serve.batch import put_back, taken
 from serve.device import Sizes, Slots
 from serve.news import news_row
@@ -35,10 +36,10 @@ def run_proposal(
     width: int,
     plan: SamplingPlan,
 ) -> Proposal:
-    """Drafts for some slots; the state stays as it is."""
+    """Drafts for some slots, whole on every device; the state stays as it is."""
     target, drafter = nnx.merge(graph, weights)
     part, sampling, _ = taken(state, slots, plan, width, 1, drafter is not None, bucket == sizes.slots)
-    return propose_round(target, drafter, part, sampling, width)
+    return jax.tree.map(lambda x: constrain(x, "..."), propose_round(target, drafter, part, sampling, width))
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",), compiler_options=PRODUCTS)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from dflash_jax.decoding.output import HostLogprobs
 from dflash_jax.decoding.round import DecodeState
+from dflash_jax.sharding import constrain
 
 HEADER = 3  # numbers before the counts: tokens emitted, whether the request has ended, rounds
 
@@ -23,7 +24,7 @@ def news_row(part: DecodeState, before: Int[Array, "B"], room: int) -> Int[Array
         rows = part.logprobs.rows
         bits = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (rows.own, rows.top))
         columns += [x.reshape(batch, -1) for x in (*bits, rows.ids)]
-    return jnp.concatenate(columns, 1)
+    return constrain(jnp.concatenate(columns, 1), "...")  # whole, so that every process can read it
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of all that the engine keeps on the device, without what a program needs while it runs."""
+    """Bytes of all that the engine keeps on each device, without what a program needs while it runs."""
 
     weights: int
     slots: int  # of all slots: recurrent state, pending rows, tokens, settings, page tables

@@ -27,8 +27,11 @@ def _empty(pair: Pair, sizes: Sizes) -> partial[Slots]:
 
 
 def memory_of(pair: Pair, sizes: Sizes) -> Memory:
-    """What an engine of these sizes keeps on the device."""
-    state = jax.eval_shape(_empty(pair, sizes))
+    """What an engine of these sizes keeps on each device."""
+    with pair.on_mesh():
+        lowered = jax.jit(_empty(pair, sizes)).lower()
+    where = lowered.compile().output_shardings
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info, where)
     drafted = () if state.decode.draft_cache is None else state.decode.draft_cache.layers
     pools = [x for x in (*state.decode.cache.layers, *drafted) if isinstance(x, KeyValues)]
     page = device.bytes_of(pools) // sizes.pages

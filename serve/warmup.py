@@ -117,4 +117,4 @@ def _begun(state: Slots) -> Slots:
     ones = jnp.ones_like(d.known)
     cache = replace(d.cache, lengths=jnp.zeros_like(d.cache.lengths))
     decode = replace(d, cache=cache, known=ones, limit=ones * d.tokens.shape[1], finished=jnp.zeros_like(d.finished))
-    return replace(state, decode=decode)
+    return replace(state, decode=decode).laid_out()

@@ -48,7 +48,7 @@ SAMPLED = {"temperature": 0.8, "seed": [3, 4, 5, 6, 7], "top_p": 0.9}
 SETTINGS = ({}, SAMPLED | {"stop": 7, "min_tokens": NEW, "logprobs": 3})
 
 
-def write_pair(folder: Path) -> None:
+def write_pair(folder: Path, drafter_config: dict = DRAFTER) -> None:
     """Random weights, with which the greedy text varies and some drafts are right."""
     import jax
     import jax.numpy as jnp
@@ -67,7 +67,7 @@ def write_pair(folder: Path) -> None:
         return jnp.asarray(noise + (x.ndim == 1), x.dtype)
 
     target = Target(TargetConfig.from_dict(TARGET), rngs=nnx.Rngs(0))
-    drafter = Drafter(DrafterConfig.from_dict(DRAFTER), rngs=nnx.Rngs(1))
+    drafter = Drafter(DrafterConfig.from_dict(drafter_config), rngs=nnx.Rngs(1))
     for model, save, name in ((target, save_target, "target"), (drafter, save_drafter, "drafter")):
         graph, state = nnx.split(model)
         save(nnx.merge(graph, jax.tree.map(leaf, state)), folder / name)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from dflash_jax.errors import InputError
 from dflash_jax.pair import load
 from dflash_jax.sharding import make_mesh, mesh_sizes, spec
 from tests import sharded
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 MESHES = [{"data": 8}, {"expert": 8}, {"tensor": 8}, {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}]
@@ -114,9 +114,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(expected, spread, mesh):
 
 @pytest.mark.slow
 def test_two_processes_generate_together(folder, expected, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mesh = json.dumps({"data": 2, "expert": 2, "tensor": 2})
     both = [start(folder, tmp_path / f"{i}.json", mesh, "--process", i, port) for i in range(2)]
     for process in both:

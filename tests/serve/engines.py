@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as Core
+from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from dflash_jax.decoding.generate import generate
@@ -34,6 +35,13 @@ def pair(family: str = "qwen3_5_moe"):
     """With a tokenizer whose texts are letters."""
     core = Core(WordLevel({chr(ord("a") + i): i for i in range(pairs.VOCAB)}, unk_token="a"))
     return replace(pairs.pair(family, sharpness=3.0), tokenizer=Tokenizer(core, Path("tests"), pairs.VOCAB))
+
+
+def letters(count: int) -> Tokenizer:
+    """Its tokens are the letters from a on, as bytes, which is what grammars need."""
+    core = Core(models.BPE({chr(ord("a") + i): i for i in range(count)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return Tokenizer(core, Path("tests"), count)
 
 
 def engine(family: str = "qwen3_5_moe", **changes) -> Engine:

@@ -6,20 +6,17 @@ import re
 import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import llguidance
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Core
-from tokenizers import decoders, models, pre_tokenizers
 
 from dflash_jax.decoding.noise import gumbel
 from dflash_jax.errors import InputError
 from dflash_jax.pair import EMBEDDED
-from dflash_jax.text import Tokenizer, load_tokenizer
+from dflash_jax.text import load_tokenizer
 from serve.engine import Engine
 from serve.grammar import Grammar, Grammars, Matcher
 from serve.requests import Request
@@ -41,12 +38,10 @@ FREE = [Request(p, max_new_tokens=30, **engines.KINDS[i]) for i, p in enumerate(
 
 @cache
 def pair():
-    """Its tokens are the letters a to f, as bytes, and f ends a text."""
-    core = Core(models.BPE({letter: i for i, letter in enumerate("abcdef")}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    """Its tokens are the letters a to f, and f ends a text."""
     made = pairs.pair.__wrapped__("qwen3", sharpness=3.0)
     made.target.config = replace(made.target.config, eos_token_ids=(END,))
-    return replace(made, tokenizer=Tokenizer(core, Path("tests"), pairs.VOCAB))
+    return replace(made, tokenizer=engines.letters(pairs.VOCAB))
 
 
 @pytest.fixture(scope="module")

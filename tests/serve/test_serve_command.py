@@ -139,6 +139,7 @@ def test_bad_options(capfd):
     assert "--slots takes a whole number, not few" in refused(capfd, "--slots", "few")
     assert "slots is 0" in refused(capfd, "--slots", "0", "--port", "0")
     assert "memory budget is 1 MiB" in refused(capfd, "--memory-mib", "1", "--port", "0")
+    assert "has 2 devices and there are 1" in refused(capfd, "--mesh", "tensor=2", "--port", "0")
     assert "no/such/folder" in refused(capfd, "--target", "no/such/folder", "--port", "0")
 
 
