@@ -65,9 +65,21 @@ async def run(port: int) -> dict[str, Any]:
         return await load(client)
 
 
+def start() -> None:
+    """Ray gives a node 30 seconds to start, which on two busy cores may be too few."""
+    for left in reversed(range(4)):
+        try:
+            ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR")
+            return
+        except Exception:
+            ray.shutdown()
+            if not left:
+                raise
+
+
 def main() -> None:
     folder, out, port = sys.argv[1:]
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR")
+    start()
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     config = dataclasses.replace(meshes.CONFIG, grammar=False)
     serve.run(deploy(ReplicaConfig(config, f"{folder}/target", f"{folder}/drafter"), 2))
