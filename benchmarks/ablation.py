@@ -19,11 +19,14 @@ from benchmarks.prompts import held_out_prompts
 from dflash_jax.checkpoints import save_drafter
 from dflash_jax.decoding.generate import generate
 from dflash_jax.pair import Pair
+from train.corpus import PromptConfig
+from train.data import DataConfig
 from train.drafter import DrafterTraining, Setting, train_drafter
 from train.embedded import EmbeddedPair, default_drafter, drafter_setting
 from train.evaluate import round_figures
 from train.loop import LoopConfig
 from train.memory import keep_memory
+from train.regenerate import RegenerateConfig
 
 OUT = Path("runs/ablation")
 PROMPTS, TOKENS = 20, 200
@@ -77,9 +80,19 @@ def main() -> None:
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"there is no row {unknown[0]}; give some of {', '.join(ROWS)}")
     keep_memory()
-    setting = drafter_setting(EmbeddedPair())
+    setting = drafter_setting(texts())
     for name in names:
         print(json.dumps({"row": name} | figures(train(name, setting), setting)), flush=True)
+
+
+def texts() -> EmbeddedPair:
+    """Shorter and more responses than the shipped drafter had, more of them drawn: greedy ones end in repeats."""
+    return EmbeddedPair(
+        cuts=PromptConfig(count=4096),
+        responses=RegenerateConfig(response=192, sampled=0.3),
+        data=DataConfig(length=288, threads=1, taps="cache"),
+        texts=OUT / "texts",
+    )
 
 
 def train(name: str, setting: Setting) -> Any:

@@ -73,9 +73,9 @@ class EmbeddedPair:
     """
 
     target: TargetTraining = dataclasses.field(default_factory=default_target)
-    cuts: corpus.PromptConfig = dataclasses.field(default_factory=lambda: corpus.PromptConfig(count=4096))
-    responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=192, sampled=0.3))
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=288, threads=1, taps="cache"))
+    cuts: corpus.PromptConfig = dataclasses.field(default_factory=corpus.PromptConfig)
+    responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=256, sampled=0.1))
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=352, threads=1, taps="cache"))
     drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
     texts: Path = Path("runs/embedded/texts")
     drafter_out: Path = Path("runs/embedded/drafter")
