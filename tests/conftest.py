@@ -18,14 +18,6 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('
 MOST_MAPPINGS = 40_000
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays with one worker, and so do all tests of the engine, which share what is long to compile."""
-    for item in items:
-        group = "serve" if "serve" in item.path.parent.parts[-2:] else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs() -> Iterator[None]:
     """After a file: forget compiled programs where there are many.

@@ -252,5 +252,7 @@ def body(plan: Plan, names: list[str], *refs: Any) -> None:
     r.slot[0] = jax.lax.rem(slot + unit.end - unit.begin, 2)
     finish(plan, r)
     if plan.write:
-        last = jax.lax.rem(slot + jnp.maximum(unit.end - unit.begin - 1, 0), 2)
+        last = jax.lax.rem(
+            slot + unit.end - unit.begin + 1, 2
+        )  # without tiles: not where the next unit's first one arrives
         keep_rows(plan, r, unit, last, tail, page_of, lambda step: unit_of(plan, r.lengths, core, step))
