@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}".strip()
 
-MOST_MAPPINGS = 40_000
+MOST_MAPPINGS = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
