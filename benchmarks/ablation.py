@@ -1,8 +1,8 @@
 """`python -m benchmarks.ablation [ROW ...]`: drafters for the embedded target, each with one thing more than the last.
 
 All learn from the same texts, with the same steps, anchors and optimiser, but the second stage, which goes on from the
-row before it. Acceptance is that of the real loop on the 20 held-out prompts of `make bench`, 200 new tokens each. A row that is
-trained already is only measured again; a stopped run goes on. On one CPU core a row takes about an hour.
+row before it. Acceptance is that of the real loop on the 20 held-out prompts of `make bench`, 200 new tokens each. A
+row that is trained already is only measured again; a stopped run goes on. On one CPU core a row takes about an hour.
 """
 
 import argparse
