@@ -252,7 +252,6 @@ def body(plan: Plan, names: list[str], *refs: Any) -> None:
     r.slot[0] = jax.lax.rem(slot + unit.end - unit.begin, 2)
     finish(plan, r)
     if plan.write:
-        last = jax.lax.rem(
-            slot + unit.end - unit.begin + 1, 2
-        )  # without tiles: not where the next unit's first one arrives
+        # The buffer of the last tile; without tiles, the one to which the next unit's first is not being copied.
+        last = jax.lax.rem(slot + unit.end - unit.begin + 1, 2)
         keep_rows(plan, r, unit, last, tail, page_of, lambda step: unit_of(plan, r.lengths, core, step))
