@@ -25,7 +25,8 @@ print(jax.config.jax_compilation_cache_dir, events.count("cache_hits"), events.c
 
 def run(**environment):
     """Folder, hits and misses of a program that loads a target and generates; nothing else may be printed."""
-    inherited = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME" and not k.endswith("COMPILATION_CACHE")}
+    settings = ("XDG_CACHE_HOME", "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
     done = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=True)
     assert not done.stderr

@@ -12,10 +12,15 @@ def target() -> Target:
 
 
 @pytest.fixture(scope="session")
-def children_share_programs(tmp_path_factory) -> Iterator[None]:
-    """Processes that tests start keep what they compile for those that come after; this one has no such cache."""
+def programs(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module")
+def children_share_programs(programs) -> Iterator[None]:
+    """Processes that a file's tests start keep what they compile for those that come after; this one has no such cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", programs)
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
         yield
