@@ -72,7 +72,7 @@ test-short:  ## goldens and the embedded pair on Python 3.12 with the newest jax
 	@echo "test-short: skipped, no Python 3.12 found (set PYTHON312=/path/to/python3.12)"
 else
 test-short: $(VENV312)/.installed
-	$(VENV312)/bin/python -m pytest -n $(JOBS) $(SHORT_TESTS)
+	XLA_FLAGS= $(VENV312)/bin/python -m pytest -n $(JOBS) $(SHORT_TESTS)
 endif
 
 $(VENV312)/bin/python:

@@ -94,9 +94,8 @@ def outputs(folder: Path, mesh: dict | None) -> list:
 def main() -> None:
     folder, out, *rest = sys.argv[1:]
     several = "--process" in rest
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={4 if several else 8} --xla_backend_optimization_level=1"
-    )
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={4 if several else 8}"
+    os.environ["XLA_FLAGS"] = flags
     import jax
 
     if several:

@@ -159,9 +159,8 @@ def continued(mesh, folder: Path, other) -> dict:
 def main() -> None:
     folder, *rest = sys.argv[1:]
     several, restored = "--process" in rest, "--checkpoint" in rest
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={4 if several else 8} --xla_backend_optimization_level=1"
-    )
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={4 if several else 8}"
+    os.environ["XLA_FLAGS"] = flags
     import jax
     import numpy as np
 
