@@ -1,4 +1,4 @@
-"""`make bench`: the embedded pair on its held-out prompts, speculative against plain decoding.
+"""`make bench`: the embedded pair on its held-out prompts, or any pair on any, speculative against plain decoding.
 
 Both ways run in turns in one process after a warm-up; rates are medians over the runs and count the whole call, prefill
 included. Prints a table, or one JSON object with --json; fails where any output differs from plain decoding's.
@@ -13,15 +13,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.prompts import held_out_prompts
 from dflash_jax.options import option, parser_for, read_options
+from serve.bench.prompts import load_prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Speculative against plain decoding on the embedded pair's held-out prompts."""
+    """Speculative against plain decoding, one prompt after the other."""
 
-    prompts: int = option(20, "how many prompts", metavar="N")
+    target: str | None = option(None, "checkpoint folder or hub name; the embedded pair if left out", metavar="DIR")
+    drafter: str | None = option(None, "DFlash drafter made for the target", metavar="DIR")
+    prompts: str | None = option(
+        None, "humaneval, mtbench or gsm8k, of packages, or a JSONL file; the embedded pair's held-out prompts if left "
+        "out", metavar="NAME",
+    )  # fmt: skip
+    chat: bool = option(False, "give prompts as users' messages, through the target's chat template")
+    count: int = option(20, "how many of the prompts", metavar="N")
     new_tokens: int = option(200, "tokens to generate for each", metavar="N")
     runs: int = option(5, "timed runs of each way", metavar="N")
     width: int | None = option(None, "rows a round; chosen by the library if left out", metavar="W")
@@ -44,9 +51,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
     import dflash_jax
     from dflash_jax.compare import acceptance_length, compare
 
-    pair = dflash_jax.load()
+    pair = dflash_jax.load(options.target, options.drafter)
     rows = []
-    for prompt in held_out_prompts(options.prompts):
+    for prompt in load_prompts(options.prompts, chat=options.chat)[: options.count]:
         result = compare(
             pair,
             prompt,
@@ -58,7 +65,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
         lengths = result.speculative.acceptance_lengths
         rows.append(
             {
-                "prompt": prompt,
+                "prompt": _text(prompt),
                 "tokens": len(result.speculative.tokens),
                 "rounds": len(lengths),
                 "acceptance_length": acceptance_length(lengths),
@@ -93,7 +100,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], total: dict[str, Any]) -> Table:
     """The figures for a person."""
-    out = Table(title="embedded pair, held-out prompts", caption="tokens/s: medians, warm, prefill included")
+    out = Table(title="speculative against plain decoding", caption="tokens/s: medians, warm, prefill included")
     for name in ("prompt", "tokens", "acceptance length", "tokens/s", "plain tokens/s", "speed-up", "identical"):
         out.add_column(name, justify="left" if name == "prompt" else "right", no_wrap=name == "prompt")
     for row in rows:
@@ -101,6 +108,10 @@ def table(rows: list[dict[str, Any]], total: dict[str, Any]) -> Table:
     out.add_section()
     out.add_row("all", *_cells(total), style="bold")
     return out
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _first_line(prompt: str) -> str:

@@ -120,8 +120,7 @@ def speculate(
     tokens = jnp.zeros((batch, len(PROMPT) + steps + width), jnp.int32).at[:, : len(PROMPT)].set(jnp.array(PROMPT))
     length = jnp.full(batch, len(PROMPT), jnp.int32)
     history = History.start(tokens, length, VOCAB) if sampling.plan.penalties else None
-    # Each program runs three times on tiny arrays: what costs time is to compile it.
-    step = jax.jit(partial(one_round, toy, kind, width, rules), compiler_options={"xla_backend_optimization_level": 1})
+    step = jax.jit(partial(one_round, toy, kind, width, rules))
     counts = []
     for _ in range(steps):
         tokens, length, history, count = step(tokens, length, sampling, history)

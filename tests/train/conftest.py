@@ -18,7 +18,7 @@ def programs(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def children_share_programs(programs) -> Iterator[None]:
-    """Processes that a file's tests start keep what they compile for those that come after; this one has no such cache."""
+    """Processes that a file's tests start keep what they compile for those after them; this one has no such cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", programs)
