@@ -1,6 +1,7 @@
 """Every recipe reads, fits its target, has the published drafter's size, and divides over its pod's mesh."""
 
 import math
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -41,6 +42,12 @@ def read(path: Path) -> tuple[str, bool, DrafterRun, TargetConfig, DrafterConfig
     return model, form == "dflash2", run, target, run.training.architecture.drafter_config(target, run.mask_token)
 
 
+@cache
+def weights(kind: type[Target] | type[Drafter], config: TargetConfig | DrafterConfig) -> nnx.State:
+    """The parameters of a model, without values."""
+    return nnx.state(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+
+
 def test_there_is_a_recipe_for_every_model_in_both_forms():
     assert {path.stem for path in RECIPES} == {f"{model}-{form}" for model in SIZES for form in ("dflash", "dflash2")}
 
@@ -50,7 +57,7 @@ def test_the_drafter_fits_and_has_the_published_size(path):
     model, second, run, target, drafter = read(path)
     check_fit(target, drafter)
     assert DrafterConfig.from_dict(drafter.to_dict()) == drafter
-    state = nnx.state(nnx.eval_shape(lambda: Drafter(drafter, rngs=nnx.Rngs(0))))
+    state = weights(Drafter, drafter)
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(state))
     D, V = drafter.hidden_size, drafter.vocab_size
     convolutions = drafter.num_layers * 2 * (2 * 2 * D + D * (2 * 2 * D // drafter.conv_group_size))
@@ -67,9 +74,7 @@ def test_the_mesh_is_the_pod_s_and_divides_models_and_batch(path):
     assert math.prod(sizes.values()) == parse_topology(run.pod).num_devices
     assert run.training.batch % math.prod(sizes[axis] for axis in RULES["batch"]) == 0
     assert 2.4e5 <= run.training.batch * run.data.length <= 3e5
-    build = {Target: target, Drafter: drafter}
-    for kind, config in build.items():
-        state = nnx.state(nnx.eval_shape(lambda kind=kind, config=config: kind(config, rngs=nnx.Rngs(0))))
+    for state in (weights(Target, target), weights(Drafter, drafter)):
         for _, variable in nnx.to_flat_state(state):
             shape = variable.get_value().shape
             spec(param_axes(variable, shape), shape, sizes)
@@ -84,7 +89,7 @@ def test_its_plan_is_of_its_own_sizes_and_leaves_room_on_the_pod(path):
     assert made["rows"] == run.training.anchors * drafter.block_size
     assert made["memory"]["arguments"] < 0.6 * made["memory"]["hbm"]
     # The drafter alone, without attention: three or four products of every row with every weight.
-    state = nnx.state(nnx.eval_shape(lambda: Drafter(drafter, rngs=nnx.Rngs(0))))
+    state = weights(Drafter, drafter)
     layers = sum(math.prod(x.shape) for x in jax.tree.leaves(state["layers"]) if len(x.shape) > 1)
     rows = run.training.batch * run.training.anchors * drafter.block_size / made["devices"]
     assert made["roofline"]["flops"] > (6 + 2 * run.training.remat) * layers * rows
