@@ -25,6 +25,20 @@ from dflash_jax.text import Tokenizer, load_tokenizer
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
+class Graph(nnx.GraphDef):
+    """flax's description of models, hashed once: `jax.jit` asks at every call, and flax's own goes through all of it."""
+
+    def __init__(self, graph: nnx.GraphDef):
+        super().__init__(graph.nodes, graph.attributes, graph.num_leaves)
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @dataclass(frozen=True)
 class Pair:
     """A target, the drafter made for it (or None: plain decoding only), and the target's tokenizer."""
@@ -35,14 +49,16 @@ class Pair:
     mesh: jax.sharding.Mesh | None = None  # where the weights are spread; None: on one device
 
     @cached_property
-    def split(self) -> tuple[nnx.GraphDef, nnx.State]:
+    def split(self) -> tuple[Graph, nnx.State]:
         """Both models as a static graph and a pytree of weights, for `jax.jit`."""
-        return nnx.split((self.target, self.drafter))
+        graph, weights = nnx.split((self.target, self.drafter))
+        return Graph(graph), weights
 
     @cached_property
-    def split_target(self) -> tuple[nnx.GraphDef, nnx.State]:
+    def split_target(self) -> tuple[Graph, nnx.State]:
         """The target without the drafter, for plain decoding."""
-        return nnx.split((self.target, None))
+        graph, weights = nnx.split((self.target, None))
+        return Graph(graph), weights
 
     def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """The target's logits after each token, in fp32.
