@@ -184,7 +184,7 @@ def main() -> int:
     options = read_options(Options, parser_for(Options, "benchmarks.soak", exit_on_error=True).parse_args())
     pair = load(options.target, options.drafter)
     pool = cases(pair, 64, new_tokens=160, longest=96)
-    # Fewer pages than 16 of the longest need: some have to go and come again.
+    # Fewer pages than 16 of the longest need.
     with Engine(pair, EngineConfig(max_length=384, pages=200)) as engine:
         soak = Soak(engine, pool)
         soak.run(lambda sent: sent < options.requests // 10, ahead=48, longest=16)

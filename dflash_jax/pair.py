@@ -26,7 +26,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 
 class Graph(nnx.GraphDef):
-    """flax's description of models, hashed once: `jax.jit` asks at every call, and flax's own goes through all of it."""
+    """flax's description of models, hashed once: `jax.jit` asks at every call, and flax's own reads all of it."""
 
     def __init__(self, graph: nnx.GraphDef):
         super().__init__(graph.nodes, graph.attributes, graph.num_leaves)

@@ -2,10 +2,12 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from dflash_jax.decoding import generate as generate_module
 from dflash_jax.decoding.generate import _Run, generate, run_rounds
@@ -74,3 +76,12 @@ def test_nothing_is_compiled_again(settings, caplog):
     assert not compilations([200, 2], 3, stop=[2, 4])
     if settings:
         assert not compilations([4, 4], NEW, temperature=[0.0, 2.0], top_k=3, seed=[7, 8])
+
+
+def test_the_models_description_is_hashed_once(monkeypatch):
+    """It is an argument of every call; equal pairs still share their programs."""
+    pair, again = (replace(pairs.pair("qwen3_5_moe")) for _ in range(2))
+    assert pair.split[0] == again.split[0] and hash(pair.split[0]) == hash(again.split[0])
+    monkeypatch.setattr(nnx.GraphDef, "__hash__", lambda self: 1 / 0)
+    assert hash(pair.split[0]) == hash(again.split[0])
+    assert type(nnx.merge(*pair.split)[0]) is type(pair.target)
