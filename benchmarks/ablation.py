@@ -15,10 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 
 import dflash_jax
-from benchmarks.prompts import held_out_prompts
 from dflash_jax.checkpoints import save_drafter
 from dflash_jax.decoding.generate import generate
 from dflash_jax.pair import Pair
+from serve.bench.prompts import load_prompts
 from train.corpus import PromptConfig
 from train.data import DataConfig
 from train.drafter import DrafterTraining, Setting, train_drafter
@@ -106,7 +106,7 @@ def train(name: str, setting: Setting) -> Any:
 
 def figures(drafter: Any, setting: Setting) -> dict[str, Any]:
     """Tokens a round, and how often each position is kept, at the whole block and at the width that is shipped."""
-    prompts, tokenizer, found = held_out_prompts(PROMPTS), dflash_jax.load().tokenizer, {}
+    prompts, tokenizer, found = load_prompts(None, count=PROMPTS), dflash_jax.load().tokenizer, {}
     for width in (drafter.config.block_size, EmbeddedPair().rows):
         drafter.config = replace(drafter.config, block_size=width)
         pair = Pair(setting.target, drafter, tokenizer)

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 import dflash_jax
-from benchmarks.prompts import held_out_prompts
 from benchmarks.random_pair import CASES, write_pair
 from benchmarks.reference_torch import Reference
 from dflash_jax.options import option, parser_for, read_options
+from serve.bench.prompts import load_prompts
 
 THREADS = (1, 2)
 
@@ -62,7 +62,7 @@ def plain_rows(options: Options) -> list[dict[str, Any]]:
     folder = Path(dflash_jax.__file__).parent / "embedded" / "target"
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = []
-    for i, prompt in enumerate(held_out_prompts(options.prompts)):
+    for i, prompt in enumerate(load_prompts(None, count=options.prompts)):
         ids = pair.tokenizer.encode(prompt)
 
         def ours(ids: list[int] = ids) -> list[int]:

@@ -2,12 +2,12 @@
 
 import sys
 
-from benchmarks.prompts import held_out_prompts
 from dflash_jax import cli
+from serve.bench.prompts import load_prompts
 
 
 def main() -> int:
-    (prompt,) = held_out_prompts(1)
+    (prompt,) = load_prompts(None, count=1)
     print("dflash generate --echo --compare --max-new-tokens 200 --prompt '(held-out Python code)'\n", flush=True)
     return cli.main(["generate", "--echo", "--compare", "--max-new-tokens", "200", f"--prompt={prompt}"])
 

@@ -14,20 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dflash_jax.options import option, parser_for, read_options
+from serve.bench.options import Measured
 from serve.bench.prompts import load_prompts
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Measured):
     """Speculative against plain decoding, one prompt after the other."""
 
-    target: str | None = option(None, "checkpoint folder or hub name; the embedded pair if left out", metavar="DIR")
-    drafter: str | None = option(None, "DFlash drafter made for the target", metavar="DIR")
-    prompts: str | None = option(
-        None, "humaneval, mtbench or gsm8k, of packages, or a JSONL file; the embedded pair's held-out prompts if left "
-        "out", metavar="NAME",
-    )  # fmt: skip
-    chat: bool = option(False, "give prompts as users' messages, through the target's chat template")
     count: int = option(20, "how many of the prompts", metavar="N")
     new_tokens: int = option(200, "tokens to generate for each", metavar="N")
     runs: int = option(5, "timed runs of each way", metavar="N")
@@ -53,7 +47,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
     pair = dflash_jax.load(options.target, options.drafter)
     rows = []
-    for prompt in load_prompts(options.prompts, chat=options.chat)[: options.count]:
+    for prompt in load_prompts(options.prompts, chat=options.chat, count=options.count):
         result = compare(
             pair,
             prompt,

@@ -6,8 +6,8 @@ from dflash_jax.options import option
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """Put load on an engine and measure it, decoding plainly and speculatively in turns in one process."""
+class Measured:
+    """What is measured, and on which prompts."""
 
     target: str | None = option(None, "checkpoint folder or hub name; the embedded pair if left out", metavar="DIR")
     drafter: str | None = option(None, "DFlash drafter made for the target", metavar="DIR")
@@ -15,7 +15,13 @@ class BenchOptions:
         None, "humaneval, mtbench or gsm8k, of packages, or a JSONL file; the embedded pair's held-out prompts if left "
         "out", metavar="NAME",
     )  # fmt: skip
-    chat: bool = option(False, "send prompts as users' messages, through the target's chat template")
+    chat: bool = option(False, "give prompts as users' messages, through the target's chat template")
+
+
+@dataclass(frozen=True)
+class BenchOptions(Measured):
+    """Put load on an engine and measure it, decoding plainly and speculatively in turns in one process."""
+
     concurrency: str = option("1,4,16", "closed loop: so many streams at once, each with its next request at its end")
     rates: str = option("", "open loop: so many requests a second, arriving at random, as in 2,8", metavar="R,R")
     ways: str = option("plain,adaptive", "ways of decoding: plain, adaptive, or a compiled width", metavar="WAY,WAY")

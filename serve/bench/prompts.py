@@ -33,10 +33,10 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-def load_prompts(name: str | None, *, chat: bool = False) -> list[Prompt]:
+def load_prompts(name: str | None, *, chat: bool = False, count: int | None = None) -> list[Prompt]:
     """Prompts of the held-out set (None), of a benchmark, or of a JSONL file; with `chat`, each as a user's message.
 
-    InputError for a package that is not installed, or a file without prompts.
+    The first `count`, or all. InputError for a package that is not installed, or a file without (so many) prompts.
     """
     if name is None:
         file = Path(str(importlib.resources.files("dflash_jax") / "embedded" / "prompts.jsonl"))
@@ -50,7 +50,9 @@ def load_prompts(name: str | None, *, chat: bool = False) -> list[Prompt]:
         raise InputError(f"prompts are {name!r}; give {', '.join(BENCHMARKS)}, or a JSONL file with a prompt a line")
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise InputError(f'prompts of {name} are not all texts; give a line {{"prompt": TEXT}} for each')
-    return [[{"role": "user", "content": text}] if chat else text for text in texts]
+    if count is not None and not 1 <= count <= len(texts):
+        raise InputError(f"{count} prompts were asked for; there are {len(texts)}; give 1 to {len(texts)}")
+    return [[{"role": "user", "content": text}] if chat else text for text in texts[:count]]
 
 
 def _file_of(name: str, benchmark: Benchmark) -> Path:
