@@ -129,4 +129,8 @@ def test_prompts_of_packages_are_read_without_an_import(tmp_path, monkeypatch):
 
 
 def test_the_held_out_prompts_are_the_default():
-    assert len(prompts.load_prompts(None)) == 40
+    found = prompts.load_prompts(None)
+    assert len(found) == 40 and prompts.load_prompts(None, count=3) == found[:3]
+    for count in (0, 41):
+        with pytest.raises(InputError, match=f"{count} prompts were asked for; there are 40; give 1 to 40"):
+            prompts.load_prompts(None, count=count)
