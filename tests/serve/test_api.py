@@ -77,9 +77,11 @@ def test_a_completion_and_its_usage(served, client):
 
 
 def test_defaults_are_openais(client):
-    """16 tokens, and sampled at temperature 1, each time anew."""
+    """16 tokens if none of them ends the text, and sampled at temperature 1, each time anew."""
     sampled = [client.completions.create(model=MODEL, prompt=PROMPT) for _ in range(3)]
-    assert {got.usage.completion_tokens for got in sampled} == {16}
+    for got in sampled:
+        ended = got.choices[0].finish_reason == "stop"
+        assert got.usage.completion_tokens < 16 if ended else got.usage.completion_tokens == 16
     assert len({got.choices[0].text for got in sampled}) > 1
 
 
