@@ -240,7 +240,7 @@ def _scores(q: Any, keys: Any, interpreted: bool) -> Array:
         return jnp.dot(q[...], keys[...].T, preferred_element_type=jnp.float32)
 
     def product(ref: Any) -> Array:
-        plgpu.wgmma(ref, q, plgpu.transpose_ref(keys, (1, 0)))
+        plgpu.wgmma(ref, q, keys.transpose((1, 0)))
         return ref[...]
 
     return pl.run_scoped(product, plgpu.ACC((q.shape[0], keys.shape[0]), jnp.float32))

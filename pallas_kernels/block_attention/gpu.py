@@ -257,7 +257,7 @@ def multiply(x: Any, y: Any, columns: int, turned: bool) -> Array:
     """The product [TILE, columns] of two tiles in shared memory by WGMMA, in fp32; `turned`: of x and y transposed."""
 
     def product(ref: Any) -> Array:
-        plgpu.wgmma(ref, x, plgpu.transpose_ref(y, (1, 0)) if turned else y)
+        plgpu.wgmma(ref, x, y.transpose((1, 0)) if turned else y)
         return ref[...]
 
     return pl.run_scoped(product, plgpu.ACC((TILE, columns), jnp.float32))

@@ -168,7 +168,7 @@ def _accumulated(products: Callable[[Any], Array]) -> Array:
 
 def _add_product(acc: Any, x: Any, y: Any, turned: bool) -> None:
     """Start to add the product of two buffers, `turned`: of x and y transposed; the one before is done after this."""
-    plgpu.wgmma(acc, x, plgpu.transpose_ref(y, (1, 0)) if turned else y)
+    plgpu.wgmma(acc, x, y.transpose((1, 0)) if turned else y)
     plgpu.wgmma_wait(1)
 
 

@@ -1,4 +1,4 @@
-"""The GPU kernel of the drafter's training attention, in Mosaic GPU's interpreter, against a dense float64 truth.
+"""The GPU kernel of the drafter's training attention, on a GPU or in Mosaic GPU's interpreter, against a float64 truth.
 
 The interpreter runs its three warpgroups, copies and barriers; for the matrix instruction plain products stand in.
 """
@@ -8,9 +8,9 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # has no public name yet
 
 from pallas_kernels.anchored_attention import gpu
+from tests.pallas_kernels.device import INTERPRET
 from tests.pallas_kernels.anchored import SCALE, Problem, assert_close, truth
 
 PROBLEMS = {
@@ -35,7 +35,7 @@ def test_forward(name):
     arrays = problem.arrays(0)
     call = functools.partial(
         gpu.anchored_attention, causal=problem.causal, window=problem.window, scale=SCALE,
-        interpret=InterpretGPUParams(),
+        interpret=INTERPRET,
     )  # fmt: skip
     out = call(*(jnp.asarray(x, jnp.bfloat16) for x in arrays[1:]), *map(jnp.asarray, places))
     assert_close((out,), truth(problem, arrays, *map(np.array, places)), "bfloat16")

@@ -1,4 +1,4 @@
-"""The GPU kernel in Mosaic GPU's interpreter, and its lowering at the sizes of real models.
+"""The GPU kernel on a GPU or in Mosaic GPU's interpreter, and its lowering at the sizes of real models.
 
 The interpreter knows neither register layouts nor transposed operands of WGMMA: the former are left out here, and the
 product is replaced by one in jnp. So this checks addresses, copies, barriers, masks and the softmax, not WGMMA.
@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.block_attention import gpu
 from pallas_kernels.block_attention.cases import cases
 from tests.pallas_kernels.blocks import Block
+from tests.pallas_kernels.device import INTERPRET, ON_GPU, by_the_interpreter
 
 pytestmark = pytest.mark.timeout(240)
 SHARED_MEMORY = 232_448  # bytes that a block of threads may have on an H100
@@ -28,6 +29,9 @@ def product(x: Any, y: Any, columns: int, turned: bool) -> jax.Array:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if ON_GPU:
+        yield
+        return
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     monkeypatch.setattr(gpu, "multiply", product)
@@ -35,7 +39,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         plgpu, "broadcasted_iota", lambda dtype, shape, axis, layout: jax.lax.broadcasted_iota(dtype, shape, axis)
     )
-    with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
+    with params.force_gpu_interpret_mode(INTERPRET):
         yield
 
 
@@ -62,6 +66,7 @@ def leak(s: Any, length: Any, split: Any, honest: Any = gpu.part_of) -> Any:
     return begin + 1, end
 
 
+@by_the_interpreter
 def test_a_planted_fault_is_noticed(interpreted: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "part_of", leak)
     with pytest.raises(AssertionError):

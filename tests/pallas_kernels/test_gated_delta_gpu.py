@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels under their interpreter, and their lowering."""
+"""The GPU kernels on a GPU or under Mosaic GPU's interpreter, and their lowering."""
 
 from functools import partial
 
@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gated_delta import cases, gated_delta_block, gpu
+from tests.pallas_kernels.device import INTERPRET
 from tests.pallas_kernels.gated_delta_rounds import Rounds, Shape
 
-params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")  # no public name for it in jax 0.10
-INTERPRET = params.InterpretGPUParams()
 SHAPE = Shape(Hk=1, r=2, Dk=128, Dv=128, B=2)
 block = jax.jit(partial(gpu.gated_delta_block, interpret=INTERPRET))
 prefill = jax.jit(partial(gpu.gated_delta_prefill, interpret=INTERPRET))
