@@ -81,12 +81,15 @@ def agrees(case):
     assert gpu.takes(hidden, weight, None, None, 1, case.static["vocab"])
     found, expected = (sample(*case.positional, **case.static) for sample in (gpu.sample, reference.sample))
     projection = case.static["projection"]
-    if projection.soft_cap:  # two compilations of tanh differ in the last digit, and so may the order of two logits
+    if projection.soft_cap:  # two compilations of tanh differ in the last digit: so may the order and number of the top
         logits = np.asarray(reference.logits(projection, hidden, weight))
         chosen = np.take_along_axis(logits, np.asarray(found.ids - case.arrays["start"]), axis=1)
         np.testing.assert_allclose(chosen, expected.values, rtol=1e-6)
         np.testing.assert_allclose(found.values, expected.values, rtol=1e-6)
-        found = replace(found, ids=expected.ids, values=expected.values)
+        cold = np.asarray(case.arrays["temperature"]) < 1e-3
+        assert np.all(found.total[cold] >= 1)
+        total = np.where(cold, expected.total, found.total)
+        found = replace(found, ids=expected.ids, values=expected.values, total=total)
     equal(found, expected)
 
 
