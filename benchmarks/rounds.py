@@ -34,7 +34,7 @@ from dflash_jax.models.target import Target
 from dflash_jax.options import option, parser_for, read_options
 from dflash_jax.roofline import roofline, seconds
 from dflash_jax.sharding import make_mesh
-from dflash_jax.topology import KINDS, parse_topology
+from dflash_jax.topology import CHIPS, KINDS, parse_topology
 from train.architecture import DrafterArchitecture
 
 FEW, MANY = 4, 20  # rounds
@@ -168,7 +168,7 @@ def least_seconds(
     """By the device's published peaks; None where they are not known."""
     if kind not in KINDS:
         return None
-    topology = parse_topology(f"{KINDS[kind]}:1" if KINDS[kind].startswith("h") else f"{KINDS[kind]}:1x1")
+    topology = parse_topology(f"{KINDS[kind]}:1" if CHIPS[KINDS[kind]].dimensions == 1 else f"{KINDS[kind]}:1x1")
     used = drafter if width > 1 else None
     program = build(target, used, make_mesh(jax.devices()[:1]), "round" if used else "plain", batch, context, width)
     return seconds(roofline(target, used, program, width), topology)

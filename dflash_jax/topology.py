@@ -11,7 +11,7 @@ from typing import Any
 from dflash_jax.errors import InputError
 
 GOOGLE = "Google Cloud, TPU system architecture (pages v5e, v5p, v6e, tpu7x)"
-NVIDIA = "NVIDIA H100 datasheet, SXM5, dense bf16; 400 Gb/s InfiniBand a GPU between hosts as in DGX H100"
+NVIDIA = "NVIDIA {} datasheet, SXM5, dense bf16; 400 Gb/s InfiniBand a GPU between hosts as in DGX {}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ CHIPS = {
         Chip("v6e", "tpu", 918e12, 32 * 2**30, 1638e9, 400e9, 2, GOOGLE),
         # Each of the two chiplets is a device with half of everything.
         Chip("tpu7x", "tpu", 2307e12, 192 * 2**30, 7380e9, 600e9, 3, GOOGLE, devices=2),
-        Chip("h100", "cuda", 989e12, 80 * 10**9, 3350e9, 450e9, 1, NVIDIA, island=8, network_bandwidth=50e9),
+        *(
+            Chip(name.lower(), "cuda", 989e12, size, speed, 450e9, 1, NVIDIA.format(name, name), 1, 8, 50e9)
+            for name, size, speed in (("H100", 80 * 10**9, 3350e9), ("H200", 141 * 10**9, 4800e9))
+        ),
     )
 }
 
@@ -47,6 +50,7 @@ CHIPS = {
 KINDS = {
     "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
     "TPU7x": "tpu7x", "TPU v7x": "tpu7x", "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
 }  # fmt: skip
 
 
@@ -56,8 +60,12 @@ def peak_flops(kind: str) -> float | None:
     return None if chip is None else chip.flops / chip.devices
 
 
-# What the compiler needs to know of an H100 (xla's GpuTargetConfigProto): CUDA's properties of an SXM5 card.
-H100_TARGET = """
+# What the compiler needs to know of a card (xla's GpuTargetConfigProto): CUDA's properties of the SXM5 ones.
+CARDS = {
+    "h100": ("NVIDIA H100 80GB HBM3", 3352320000000, 84978434048),
+    "h200": ("NVIDIA H200", 4806200000000, 150754820096),
+}
+CUDA_TARGET = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -65,11 +73,11 @@ gpu_device_info {
   core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  memory_bandwidth: %(bandwidth)d l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: %(size)d
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+device_description_str: "%(name)s"
 """
 
 
@@ -117,7 +125,8 @@ class Topology:
         else:
             on_host = math.gcd(self.num_devices, self.chip.island or 1)
             hosts = self.num_devices // on_host
-            options = {"topology_name": "", "topology": f"{hosts}x1x{on_host}", "target_config": H100_TARGET}
+            card = CUDA_TARGET % dict(zip(("name", "bandwidth", "size"), CARDS[self.chip.name], strict=True))
+            options = {"topology_name": "", "topology": f"{hosts}x1x{on_host}", "target_config": card}
         try:
             return list(topologies.get_topology_desc(platform=self.chip.platform, **options).devices)
         except Exception as error:  # the plug-ins raise what they like

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.block_attention.plan import round_up
 from pallas_kernels.block_attention.reference import HIDDEN, one_head, own_mask, side_by_side
 from pallas_kernels.block_attention.rows import write_rows
@@ -135,24 +136,18 @@ def call(s: Shape, *arrays: Array) -> tuple[Array, Array]:
         grid=(s.splits, s.rows // TILE, s.batch * s.kv_heads),
         grid_names=("split", "row", "unit"),
         scratch_types=[
-            swizzled((TILE, s.head_dim), half),
-            swizzled((2, TILE, s.head_dim), half),
-            swizzled((2, TILE, s.head_dim), half),
-            swizzled((TILE, TILE), half),
-            swizzled((TILE, TILE), jnp.float32),
+            hopper.swizzled((TILE, s.head_dim), half),
+            hopper.swizzled((2, TILE, s.head_dim), half),
+            hopper.swizzled((2, TILE, s.head_dim), half),
+            hopper.swizzled((TILE, TILE), half),
+            hopper.swizzled((TILE, TILE), jnp.float32),
             plgpu.SMEM((TILE,), jnp.int32),
             plgpu.SMEM((TILE,), jnp.float32),
-            swizzled((TILE, s.lanes), s.dtype),
+            hopper.swizzled((TILE, s.lanes), s.dtype),
             plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ],
     )(*arrays)
-
-
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the order that TMA writes and WGMMA reads without conflicts: 8 rows of 128 bytes a block."""
-    transforms = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def program(

@@ -1,13 +1,11 @@
-"""Rows grouped by expert, one product a group: kept libraries, chosen by platform."""
-
-from collections.abc import Callable
-from functools import partial
+"""Rows grouped by expert, one product a group."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, dispatch, tuning
+from pallas_kernels.grouped_matmul import gpu
 
 
 def grouped_matmul(
@@ -19,13 +17,13 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """The first `sizes[0]` rows times the first kernel, and so on; rows beyond the last group hold anything.
 
-    TPU: megablox `gmm` of jax, which reads only the experts that have rows. GPU: `tokamax.ragged_dot` where tokamax is
-    installed. Else, and where sizes do not tile, `jax.lax.ragged_dot`.
+    TPU: megablox `gmm` of jax; GPU: our kernel; both read only the experts that have rows. Else, and where sizes do not
+    tile, `jax.lax.ragged_dot`.
     """
     tiles = all(size % 128 == 0 for size in kernels.shape[1:])
     return dispatch(
-        implementation, rows, kernels, sizes.astype(jnp.int32),
-        reference=jax.lax.ragged_dot, tpu=_megablox if tiles else None, gpu=_tokamax(),
+        implementation, rows, kernels, sizes.astype(jnp.int32), reference=jax.lax.ragged_dot,
+        tpu=_megablox if tiles else None, gpu=_one_of_a_pair if gpu.takes(rows, kernels) else None,
     )  # fmt: skip
 
 
@@ -38,20 +36,23 @@ def grouped_pair(
 ) -> Float[Array, "R 2 F"]:
     """Both kernels of every group, as `grouped_matmul`, without a copy of the kernels on accelerators.
 
-    There they are a list of 2 E kernels, of which each product finds every other one without rows, and passes over it.
+    On TPUs they are a list of 2 E kernels, of which each product finds every other one without rows, and passes over it.
     """
     tiles = all(size % 128 == 0 for size in kernels.shape[2:])
-    library = _tokamax()
 
-    def both(product: Callable[[Array, Array, Array], Array], rows: Array, kernels: Array, sizes: Array) -> Array:
+    def both(rows: Array, kernels: Array, sizes: Array) -> Array:
         listed, none = kernels.reshape(-1, *kernels.shape[2:]), jnp.zeros_like(sizes)
         counts = (jnp.stack(pair, 1).reshape(-1) for pair in ((sizes, none), (none, sizes)))
-        return jnp.stack([product(rows, listed, count) for count in counts], 1)
+        return jnp.stack([_megablox(rows, listed, count) for count in counts], 1)
 
     return dispatch(
         implementation, rows, kernels, sizes.astype(jnp.int32), reference=_one_product,
-        tpu=partial(both, _megablox) if tiles else None, gpu=None if library is None else partial(both, library),
+        tpu=both if tiles else None, gpu=gpu.grouped if gpu.takes(rows, kernels) else None,
     )  # fmt: skip
+
+
+def _one_of_a_pair(rows: Array, kernels: Array, sizes: Array) -> Array:
+    return gpu.grouped(rows, kernels[:, None], sizes)[:, 0]
 
 
 def _one_product(rows: Array, kernels: Array, sizes: Array) -> Array:
@@ -78,11 +79,3 @@ def tiling(rows_per_expert: int, D: int, F: int) -> tuple[int, int, int]:
 
 def _largest(size: int, most: int) -> int:
     return max(n for n in range(128, min(size, most) + 1, 128) if size % n == 0)
-
-
-def _tokamax() -> partial | None:
-    try:
-        from tokamax import ragged_dot
-    except ImportError:
-        return None
-    return partial(ragged_dot, implementation="mosaic")

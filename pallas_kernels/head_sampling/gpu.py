@@ -4,7 +4,6 @@ One warpgroup a program: TMA brings chunks of the matrix and of the rows into a 
 product to the logits of 64 rows and 128 tokens, which are looked at in registers and never written.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.head_sampling.combine import combine
 from pallas_kernels.head_sampling.reference import Projection, Samples
 
@@ -95,8 +95,8 @@ def _call(s: Shape, hidden: Array, weight: Array, temperature: Array) -> list[Ar
         grid=(s.blocks, s.shares),
         grid_names=("block", "share"),
         scratch_types=[
-            _swizzled((BUFFERS, ROWS, CHUNK)),
-            _swizzled((BUFFERS, *tile)),
+            hopper.swizzled((BUFFERS, ROWS, CHUNK)),
+            hopper.swizzled((BUFFERS, *tile)),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.SMEM((ROWS,), jnp.int32),
             plgpu.SMEM((ROWS,), jnp.float32),
@@ -104,11 +104,6 @@ def _call(s: Shape, hidden: Array, weight: Array, temperature: Array) -> list[Ar
             plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
         ],
     )(hidden, weight, temperature)
-
-
-def _swizzled(shape: tuple[int, ...]) -> Any:
-    """Shared memory in the order that TMA writes and WGMMA reads without conflicts: 8 rows of 128 bytes a block."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def _program(
@@ -142,14 +137,14 @@ def _program(
                 step = (tile - begin) * s.chunks + chunk
                 slot = jax.lax.rem(step, BUFFERS)
                 plgpu.barrier_wait(arrived.at[slot])
-                _add_product(acc, rows_ring.at[slot], weight_ring.at[slot], s.projection.layout == "vd")
+                hopper.add_product(acc, rows_ring.at[slot], weight_ring.at[slot], s.projection.layout == "vd")
                 # The product before is done, so its buffer may be filled again.
                 pl.when(step + BUFFERS - 1 < steps)(lambda: fetch(step + BUFFERS - 1))
 
             jax.lax.fori_loop(0, s.chunks, add, None)
             return acc[...]
 
-        logits = s.projection.finish(_accumulated(products))
+        logits = s.projection.finish(hopper.accumulated(products, (ROWS, TILE)))
         return _look(s, logits, tile, warmth, carry)
 
     zero = warmth * 0.0
@@ -159,17 +154,6 @@ def _program(
     for tile, out in ((value_tile, values), (id_tile, ids), (total_tile, totals)):
         plgpu.copy_smem_to_gmem(tile, out.at[share, rows])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _accumulated(products: Callable[[Any], Array]) -> Array:
-    """What is summed up in an accumulator that starts from zero."""
-    return pl.run_scoped(products, plgpu.ACC((ROWS, TILE), jnp.float32))
-
-
-def _add_product(acc: Any, x: Any, y: Any, turned: bool) -> None:
-    """Start to add the product of two buffers, `turned`: of x and y transposed; the one before is done after this."""
-    plgpu.wgmma(acc, x, y.transpose((1, 0)) if turned else y)
-    plgpu.wgmma_wait(1)
 
 
 def _look(s: Shape, logits: Array, tile: Any, warmth: Array, carry: Any) -> Any:

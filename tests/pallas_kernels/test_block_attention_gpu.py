@@ -1,8 +1,4 @@
-"""The GPU kernel on a GPU or in Mosaic GPU's interpreter, and its lowering at the sizes of real models.
-
-The interpreter knows neither register layouts nor transposed operands of WGMMA: the former are left out here, and the
-product is replaced by one in jnp. So this checks addresses, copies, barriers, masks and the softmax, not WGMMA.
-"""
+"""The GPU kernel on a GPU or in Mosaic GPU's interpreter, and its lowering at the sizes of real models."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,35 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.block_attention import gpu
 from pallas_kernels.block_attention.cases import cases
 from tests.pallas_kernels.blocks import Block
-from tests.pallas_kernels.device import INTERPRET, ON_GPU, by_the_interpreter
+from tests.pallas_kernels.device import ON_GPU, by_the_interpreter, product, running_kernels
 
 pytestmark = pytest.mark.timeout(240)
 SHARED_MEMORY = 232_448  # bytes that a block of threads may have on an H100
 
 
-def product(x: Any, y: Any, columns: int, turned: bool) -> jax.Array:
-    dims = (((1,), (1 if turned else 0,)), ((), ()))
-    return jax.lax.dot_general(x[...], y[...], dims, preferred_element_type=jnp.float32)
-
-
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if ON_GPU:
-        yield
-        return
-    from jax._src.pallas.mosaic_gpu.interpret import params
-
-    monkeypatch.setattr(gpu, "multiply", product)
-    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
-    monkeypatch.setattr(
-        plgpu, "broadcasted_iota", lambda dtype, shape, axis, layout: jax.lax.broadcasted_iota(dtype, shape, axis)
-    )
-    with params.force_gpu_interpret_mode(INTERPRET):
+    if not ON_GPU:
+        monkeypatch.setattr(gpu, "multiply", lambda x, y, columns, turned: product(x, y, turned))
+    with running_kernels(monkeypatch):
         yield
 
 
@@ -81,13 +64,13 @@ REAL = {
 @pytest.mark.parametrize("name", [name for name in REAL if "W 16" in name and "35B" not in name])
 def test_lowers_at_real_sizes(name: str, monkeypatch: pytest.MonkeyPatch):
     bytes_of: list[int] = []
-    honest = gpu.swizzled
+    honest = hopper.swizzled
 
-    def counted(shape: tuple[int, ...], dtype: Any) -> Any:
+    def counted(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
         bytes_of.append(int(np.prod(shape)) * jnp.dtype(dtype).itemsize)
         return honest(shape, dtype)
 
-    monkeypatch.setattr(gpu, "swizzled", counted)
+    monkeypatch.setattr(hopper, "swizzled", counted)
     case = REAL[name]
     text = jax.export.export(jax.jit(case.call("gpu")), platforms=["cuda"])(*case.arguments).mlir_module()
     assert "mosaic_gpu" in text

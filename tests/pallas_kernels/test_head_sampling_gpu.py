@@ -1,8 +1,4 @@
-"""The GPU kernel on a GPU or in Mosaic GPU's interpreter, and its lowering at the sizes of real models.
-
-The interpreter knows neither register layouts nor WGMMA: the former are left out here, and the product is replaced by
-one in jnp. So this checks addresses, copies, barriers, masks and the running maximum, not WGMMA.
-"""
+"""The GPU kernel on a GPU or in Mosaic GPU's interpreter, and its lowering at the sizes of real models."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,29 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.head_sampling import Projection, gpu, head_sampling, reference
-from tests.pallas_kernels.device import INTERPRET, ON_GPU, by_the_interpreter
+from tests.pallas_kernels.device import ON_GPU, by_the_interpreter, running_kernels
 from tests.pallas_kernels.head_cases import draw
 from tests.pallas_kernels.test_head_sampling import equal
 
 pytestmark = pytest.mark.timeout(240)
 SHARED_MEMORY = 232_448  # bytes that the programs of one multiprocessor of an H100 have together
-
-
-def add_product(acc, x, y, turned):
-    dims = (((1,), (1 if turned else 0,)), ((), ()))
-    acc[...] += jax.lax.dot_general(x[...], y[...], dims, preferred_element_type=jnp.float32)
-
-
-def accumulated(products):
-    def from_zero(acc):
-        acc[...] = jnp.zeros_like(acc)
-        return products(acc)
-
-    return pl.run_scoped(from_zero, plgpu.SMEM((gpu.ROWS, gpu.TILE), jnp.float32))
 
 
 def padded(s, hidden, weight, temperature, *, call=gpu._call):
@@ -49,19 +31,9 @@ def padded(s, hidden, weight, temperature, *, call=gpu._call):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    if ON_GPU:
-        yield
-        return
-    from jax._src.pallas.mosaic_gpu.interpret import params
-
-    monkeypatch.setattr(gpu, "_call", padded)
-    monkeypatch.setattr(gpu, "_add_product", add_product)
-    monkeypatch.setattr(gpu, "_accumulated", accumulated)
-    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
-    monkeypatch.setattr(
-        plgpu, "broadcasted_iota", lambda dtype, shape, axis, layout: jax.lax.broadcasted_iota(dtype, shape, axis)
-    )
-    with params.force_gpu_interpret_mode(INTERPRET):
+    if not ON_GPU:
+        monkeypatch.setattr(gpu, "_call", padded)
+    with running_kernels(monkeypatch):
         yield
 
 

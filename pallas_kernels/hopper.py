@@ -1,0 +1,28 @@
+"""What kernels for Hopper GPUs (Mosaic GPU) share: shared memory that TMA and WGMMA agree on, and sums of products."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Array = jax.Array
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory in the order that TMA writes and WGMMA reads without conflicts: 8 rows of 128 bytes a block."""
+    transforms = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def accumulated(products: Callable[[Any], Array], shape: tuple[int, int]) -> Array:
+    """What is summed up in an accumulator that starts from zero, in fp32."""
+    return pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+
+
+def add_product(acc: Any, x: Any, y: Any, turned: bool = False) -> None:
+    """Start to add the product of two buffers, `turned`: of x and y transposed; the one before is done after this."""
+    plgpu.wgmma(acc, x, y.transpose((1, 0)) if turned else y)
+    plgpu.wgmma_wait(1)
