@@ -43,7 +43,7 @@ class Options:
 def main() -> int:
     options = read_options(Options, parser_for(Options, "benchmarks.kernels", exit_on_error=True).parse_args())
     if (platform := jax.default_backend()) not in ("gpu", "tpu"):
-        print(f"benchmarks.kernels: there is no accelerator here, only {platform}; `make aot` compiles for those of others")
+        print(f"benchmarks.kernels: there is no accelerator here, only {platform}; `make aot` compiles for one")
         return 2
     rows = []
     for row in measure(options, platform):
@@ -110,8 +110,10 @@ def filled(case: Case) -> tuple[Any, ...]:
         if x.dtype == jnp.uint32:
             return jax.random.bits(own, x.shape, x.dtype)
         scale = 1.0 if x.ndim > 1 else 0.1
-        return jnp.abs(jax.random.normal(own, x.shape, jnp.float32) * scale).astype(x.dtype) if x.ndim == 1 else (
-            jax.jit(lambda k: (jax.random.normal(k, x.shape, x.dtype) * scale))(own)
+        return (
+            jnp.abs(jax.random.normal(own, x.shape, jnp.float32) * scale).astype(x.dtype)
+            if x.ndim == 1
+            else (jax.jit(lambda k: jax.random.normal(k, x.shape, x.dtype) * scale)(own))
         )
 
     return jax.tree_util.tree_map_with_path(fill, shapes)

@@ -94,7 +94,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
         plain = None
         for width in map(int, options.widths.split(",")):
             given = (target_graph, target_weights) if width == 1 else (graph, weights)
-            found = one_round(*given, target, drafter if width > 1 else None, batch, options.context, width, options.runs)
+            found = one_round(
+                *given, target, drafter if width > 1 else None, batch, options.context, width, options.runs
+            )
             plain = found if width == 1 else plain
             least = least_seconds(kind, target, drafter, batch, options.context, width)
             row = {"device": kind, "layers": target.num_layers, "batch": batch, "width": width, "seconds": found}

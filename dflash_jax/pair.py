@@ -1,7 +1,8 @@
 """A target and its drafter, loaded and ready to run."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -79,8 +80,14 @@ class Pair:
             return _logits(*self.split_target, self.put(padded))[: len(ids), :length]
 
     def on_mesh(self) -> AbstractContextManager:
-        """The context in which programs for this pair are traced and run."""
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        """The context in which programs for this pair are traced and run.
+
+        Accelerators would round fp32 factors to fewer bits by default, and then the rows of a block are not what each
+        is alone: the tokens of speculation would not be those of plain decoding.
+        """
+        mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        wide = self.target.embed.embedding.dtype == jnp.float32
+        return _exactly(mesh) if wide and jax.default_backend() != "cpu" else mesh
 
     @property
     def batch_multiple(self) -> int:
@@ -107,6 +114,12 @@ class Pair:
         from jax.experimental.multihost_utils import process_allgather
 
         return jax.tree.map(lambda x: np.asarray(process_allgather(x, tiled=True)), arrays)
+
+
+@contextmanager
+def _exactly(mesh: AbstractContextManager) -> Iterator[None]:
+    with jax.default_matmul_precision("highest"), mesh:
+        yield
 
 
 @partial(jax.jit, static_argnames=("graph",))

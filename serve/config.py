@@ -2,7 +2,9 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import numpy as np
 
 from dflash_jax.decoding.logprobs import MOST_LOGPROBS, check_logprobs, looked_up
@@ -17,6 +19,11 @@ FILTERED = SamplingPlan(random=True, filters=True)
 EVERYTHING = SamplingPlan(random=True, filters=True, penalties=True, bias=True, min_tokens=True)
 
 
+# Tokens of a page, and passes over prompts: many rows are expensive on a CPU and next to free on an accelerator.
+PAGE = {"cpu": 16, "accelerator": 64}
+PREFILL = {"cpu": ((4, 32), (1, 128)), "accelerator": ((4, 64), (1, 256))}
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Sizes are fixed at the start, and so is what is compiled.
@@ -27,7 +34,7 @@ class EngineConfig:
 
     slots: int = 16  # requests that run at once
     max_length: int | None = None  # tokens of a request, prompt and output; None: the model's positions
-    page_size: int = 16  # tokens
+    page_size: int | None = None  # tokens; None: 16 on the CPU, 64 on accelerators, what the kernels take
     pages: int | None = None  # None: as many as the memory budget allows, else enough for all slots at their longest
     memory_bytes: int | None = None  # for weights, caches and state, of each device
     checkpoints: int = 64  # recurrent states that the prefix cache may keep
@@ -38,7 +45,7 @@ class EngineConfig:
     adaptive: bool = True  # False: always the widest
     rounds: int = 8  # most rounds a dispatch
     rounds_while_filling: int = 2  # while prompts wait for their turn between dispatches
-    prefill: tuple[tuple[int, int], ...] = ((4, 32), (1, 128))  # (prompts, tokens of each) a pass, narrow ones first
+    prefill: tuple[tuple[int, int], ...] | None = None  # (prompts, tokens of each) a pass; None: see `PREFILL`
     plans: tuple[SamplingPlan, ...] = (GREEDY, DRAWN, EVERYTHING)  # a dispatch takes the first that does for all
     logprobs: int = 0  # most likely tokens that a request may ask to be named beside each of its own; 0: no logprobs
     grammar: bool = True  # whether requests may have a grammar
@@ -128,8 +135,11 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     """Fill in what was left open. InputError for what cannot work."""
     from serve.programs import memory_of  # which needs this module
 
-    for name in ("slots", "page_size", "rounds", "rounds_while_filling"):
-        value = getattr(c, name)
+    kind: Any = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    page_size = PAGE[kind] if c.page_size is None else c.page_size
+    prefill = PREFILL[kind] if c.prefill is None else c.prefill
+    counts = {name: getattr(c, name) for name in ("slots", "rounds", "rounds_while_filling")}
+    for name, value in (counts | {"page_size": page_size}).items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise InputError(f"{name} is {value!r}; give a whole number of at least 1")
     longest = pair.target.config.max_position or 4096
@@ -143,26 +153,24 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
         )
     widths = _widths(pair, c)
     buckets = _buckets(c)
-    if any(tokens % c.page_size for _, tokens in c.prefill) and c.prefix_cache:
-        raise InputError(f"a prefill of {c.prefill} does not end where pages of {c.page_size} do; give multiples")
+    if any(tokens % page_size for _, tokens in prefill) and c.prefix_cache:
+        raise InputError(f"a prefill of {prefill} does not end where pages of {page_size} do; give multiples")
     plans, vocab = c.plans, pair.target.config.vocab_size
     check_logprobs(c.logprobs, min(vocab, MOST_LOGPROBS))
     if not any(covers(plan, SamplingPlan(random=True, filters=True)) for plan in plans) or not plans[0].neutral:
         raise InputError("the first of the plans is greedy, and one of them has to take temperature and filters")
     settings = any(plan.penalties or plan.bias for plan in plans)
-    least = -(-length // c.page_size)
+    least = -(-length // page_size)
     pages = c.pages or c.slots * least + 1  # one more: see `Scheduler.admit`
-    sizes = Sizes(c.slots, length, widths[-1], c.rounds, pages, c.page_size, c.checkpoints, settings, c.grammar)
+    sizes = Sizes(c.slots, length, widths[-1], c.rounds, pages, page_size, c.checkpoints, settings, c.grammar)
     if c.memory_bytes is not None:
         within = memory_of(pair, sizes).pages_within(c.memory_bytes, least)
         sizes = replace(sizes, pages=min(within, sizes.pages))
     if sizes.pages < least + 1:
-        raise InputError(
-            f"there are {sizes.pages} pages of {c.page_size}; give at least {least + 1}: max_length and one"
-        )
+        raise InputError(f"there are {sizes.pages} pages of {page_size}; give at least {least + 1}: max_length and one")
     made = Resolved(
         sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling,
-        tuple(sorted(c.prefill, key=lambda s: s[1])), plans, c.prefix_cache, c.max_requests, c.logprobs,
+        tuple(sorted(prefill, key=lambda s: s[1])), plans, c.prefix_cache, c.max_requests, c.logprobs,
     )  # fmt: skip
     if not c.logprobs:
         return made

@@ -105,7 +105,9 @@ class Experts(nnx.Module):
         y = grouped_matmul(activate(self.moe, h), down.astype(x.dtype), sizes)
         y = y if after is None else y + after[jnp.minimum(expert, E - 1)].astype(x.dtype)
         y = jnp.where((expert < E)[:, None], y * weights.reshape(-1)[order][:, None], 0)
-        return jnp.zeros((rows, x.shape[1]), x.dtype).at[order // k].add(y)
+        # Gathered and not scattered: scattered rows are added up in any order on a GPU, and one by one on a TPU.
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+        return jnp.sum(y[place].reshape(rows, k, -1), 1)
 
 
 class DenseExperts(Experts):

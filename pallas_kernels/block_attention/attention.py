@@ -59,7 +59,7 @@ def block_attention(
         implementation, *arrays,
         reference=partial(attend, **options),
         tpu=partial(tpu.attend, **options) if takes else None,
-        gpu=partial(gpu.attend, **options) if gpu.reason_against(q, keys) is None else None,
+        gpu=partial(gpu.attend, **options) if gpu.reason_against(q, keys, causal, mask, write) is None else None,
     )  # fmt: skip
 
 

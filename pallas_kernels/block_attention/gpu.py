@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.block_attention.parts import in_parts
 from pallas_kernels.block_attention.plan import round_up
 from pallas_kernels.block_attention.reference import HIDDEN, one_head, own_mask, side_by_side
 from pallas_kernels.block_attention.rows import write_rows
@@ -48,18 +49,41 @@ class Shape:
         return min(self.head_dim, 128)
 
 
-def reason_against(q: Any, keys: Any) -> str | None:
+def reason_against(q: Any, keys: Any, causal: bool, mask: Any, write: bool) -> str | None:
     """Why the kernel does not take a call; None where it does."""
     _, W, N, _ = q.shape
     _, K, page, H = keys.shape
     if keys.dtype != jnp.bfloat16 or q.dtype != keys.dtype:
         return "queries and cache are bfloat16"
-    if H not in (64, 128, 256) or not page or page % TILE or W > TILE:
-        return f"heads of 64, 128 or 256 numbers, pages of a multiple of {TILE} rows, blocks of at most {TILE} rows"
+    if H not in (64, 128, 256) or not page or page % TILE:
+        return f"heads of 64, 128 or 256 numbers, pages of a multiple of {TILE} rows"
+    if W > TILE and not (causal and mask is None and write):
+        return f"a block of more than {TILE} rows is causal, without a mask, and written"
     return None if N % K == 0 else "query heads share key heads evenly"
 
 
 def attend(
+    q: Array,
+    keys: Array,
+    values: Array,
+    block_keys: Array,
+    block_values: Array,
+    lengths: Array,
+    page_table: Array | None,
+    mask: Array | None,
+    depths: Array | None,
+    sinks: Array | None,
+    **options: Any,
+) -> tuple[Array, Array, Array]:
+    """What `reference.attend` computes; a long causal block in parts, each committed before the next."""
+    run = partial(_block, **options)
+    given = q, keys, values, block_keys, block_values, lengths, page_table
+    if q.shape[1] <= TILE:
+        return run(*given, mask, depths, sinks)
+    return in_parts(run, TILE, *given, None, None, sinks)
+
+
+def _block(
     q: Array,
     keys: Array,
     values: Array,
@@ -77,7 +101,6 @@ def attend(
     soft_cap: float | None,
     write: bool,
 ) -> tuple[Array, Array, Array]:
-    """What `reference.attend` computes."""
     packed = keys.shape[3] // q.shape[3]
     q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
     own_keys, own_values = (rows.swapaxes(1, 2).astype(keys.dtype) for rows in (block_keys, block_values))

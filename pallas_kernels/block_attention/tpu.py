@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.block_attention.parts import in_parts
 from pallas_kernels.block_attention.plan import LANES, Plan, longest_block, make_plan
 from pallas_kernels.block_attention.reference import own_mask
 from pallas_kernels.block_attention.tpu_kernel import body
@@ -32,26 +33,12 @@ def attend(
     **options: Any,
 ) -> tuple[Array, Array, Array]:
     """What `reference.attend` computes; a long causal block in parts, each committed before the next."""
-    W, most = q.shape[1], longest_block(q.shape[2] // keys.shape[1], keys.shape[3])
+    most = longest_block(q.shape[2] // keys.shape[1], keys.shape[3])
     run = partial(_block, kind=kind, **options)
-    if most >= W:
-        return run(q, keys, values, block_keys, block_values, lengths, page_table, mask, depths, sinks)
-
-    def part(keys: Array, values: Array, i: Any, rows: int) -> tuple[Array, Array, Array]:
-        own = (jax.lax.dynamic_slice_in_dim(x, i, rows, axis=1) for x in (q, block_keys, block_values))
-        some, block_keys_, block_values_ = own
-        return run(some, keys, values, block_keys_, block_values_, lengths + i, page_table, None, None, sinks)
-
-    def step(caches: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
-        out, keys, values = part(*caches, i, most)
-        return (keys, values), out
-
-    (keys, values), outs = jax.lax.scan(step, (keys, values), jnp.arange(W // most) * most)
-    parts = [jnp.moveaxis(outs, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])]
-    if W % most:
-        out, keys, values = part(keys, values, W // most * most, W % most)
-        parts.append(out)
-    return jnp.concatenate(parts, 1), keys, values
+    given = q, keys, values, block_keys, block_values, lengths, page_table
+    if q.shape[1] <= most:
+        return run(*given, mask, depths, sinks)
+    return in_parts(run, most, *given, None, None, sinks)
 
 
 def _block(

@@ -36,7 +36,7 @@ def grouped_pair(
 ) -> Float[Array, "R 2 F"]:
     """Both kernels of every group, as `grouped_matmul`, without a copy of the kernels on accelerators.
 
-    On TPUs they are a list of 2 E kernels, of which each product finds every other one without rows, and passes over it.
+    On TPUs they are a list of 2 E kernels, of which each product finds every other one without rows, and passes on.
     """
     tiles = all(size % 128 == 0 for size in kernels.shape[2:])
 

@@ -68,7 +68,7 @@ grouped.defvjp(_forward, _backward)
 
 
 def _layout(s: Shape, sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "R"], Int[Array, "3 T"]]:
-    """Where each row goes, and of each tile its group, its first slot and how many slots it fills (0: there is none)."""
+    """Where each row goes, and of each tile its group, its first slot, and how many slots it fills (0: no tile)."""
     sizes = sizes.astype(jnp.int32)
     room = -(-sizes // STEP) * STEP
     ends, places = jnp.cumsum(sizes), jnp.cumsum(room) - room

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.anchored_attention import gpu
-from tests.pallas_kernels.device import INTERPRET
 from tests.pallas_kernels.anchored import SCALE, Problem, assert_close, truth
+from tests.pallas_kernels.device import INTERPRET
 
 PROBLEMS = {
     "block of 10, window, two steps": (

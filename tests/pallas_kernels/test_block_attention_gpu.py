@@ -31,6 +31,7 @@ BLOCKS = [
     Block((100, 0, 37), **SIZES, heads=6, window=30, sinks=True),
     Block((63, 180), **SIZES, tree=True, soft_cap=4.0, write=False),
     Block((65, 128), **SIZES | {"head_dim": 256, "width": 40}, heads=2, causal=False, paged=False),
+    Block((1, 60), **SIZES | {"width": 130}, heads=4, window=70),
     Block((130, 150), **SIZES, kv_heads=4, packed=2, tree=True, window=20, sinks=True, shared_mask=True),
 ]
 

@@ -88,7 +88,11 @@ def test_a_group_that_writes_over_the_next_is_noticed(interpreted: None, monkeyp
     assert np.abs(found - truth(x, kernels, [3, 3])).max() > 0.1
 
 
-REAL = [("Qwen3.5-397B-A17B", 512, 10, 4096, 1024), ("Qwen3.5-35B-A3B", 256, 8, 2048, 512), ("gpt-oss-120b", 128, 4, 2880, 2880)]
+REAL = [
+    ("Qwen3.5-397B-A17B", 512, 10, 4096, 1024),
+    ("Qwen3.5-35B-A3B", 256, 8, 2048, 512),
+    ("gpt-oss-120b", 128, 4, 2880, 2880),
+]
 
 
 @pytest.mark.parametrize(("name", "experts", "top_k", "model", "width"), REAL)
