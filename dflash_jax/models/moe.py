@@ -11,7 +11,7 @@ from dflash_jax.config import MoeConfig
 from dflash_jax.models.layers import MLP, linear, swiglu
 from dflash_jax.sharding import per_shard, position, total
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_pair
+from pallas_kernels.grouped_matmul import gpu, grouped_matmul, grouped_pair
 
 
 def clamped_swiglu(gate: Array, up: Array, limit: float) -> Array:
@@ -76,9 +76,11 @@ class Experts(nnx.Module):
         """
         here = (chosen >= 0) & (chosen < len(params[1]))
         few = chosen.size <= len(params[1])
+        kernel = all(gpu.takes(x, p) for p in params[:2])
         return dispatch(
             None, x, chosen, jnp.where(here, weights, 0), here, *params,
-            reference=self._gathered if few else self._grouped, tpu=self._grouped, gpu=self._grouped,
+            reference=self._gathered if few else self._grouped, tpu=self._grouped,
+            gpu=self._slotted if kernel else self._grouped,
         )  # fmt: skip
 
     def _gathered(
@@ -108,6 +110,21 @@ class Experts(nnx.Module):
         # Gathered and not scattered: scattered rows are added up in any order on a GPU, and one by one on a TPU.
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
         return jnp.sum(y[place].reshape(rows, k, -1), 1)
+
+    def _slotted(
+        self, x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any
+    ) -> Array:
+        """Rows where the GPU's kernel wants them."""
+        (rows, k), E = chosen.shape, len(down)
+        expert = jnp.where(here, chosen, E).reshape(-1)
+        slots = gpu.Slots.of(expert, E)
+        own = jnp.minimum(expert, E - 1)[slots.source]
+        h = slots.product(x[slots.source // k], gate_up)
+        h = h if bias is None else h + bias[own].astype(x.dtype)
+        y = slots.product(activate(self.moe, h), down[:, None])[:, 0]
+        y = y if after is None else y + after[own].astype(x.dtype)
+        y = y[slots.slots].reshape(rows, k, -1) * weights[..., None]
+        return jnp.sum(jnp.where(here[..., None], y, 0), 1)
 
 
 class DenseExperts(Experts):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, dispatch, tuning
-from pallas_kernels.grouped_matmul import gpu
 
 
 def grouped_matmul(
@@ -17,13 +16,13 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """The first `sizes[0]` rows times the first kernel, and so on; rows beyond the last group hold anything.
 
-    TPU: megablox `gmm` of jax; GPU: our kernel; both read only the experts that have rows. Else, and where sizes do not
-    tile, `jax.lax.ragged_dot`.
+    TPU: megablox `gmm` of jax, which reads only the experts that have rows. Else, and where sizes do not tile,
+    `jax.lax.ragged_dot`; for a kernel of our own for GPUs, rows lie otherwise: see `gpu.Slots`.
     """
     tiles = all(size % 128 == 0 for size in kernels.shape[1:])
     return dispatch(
         implementation, rows, kernels, sizes.astype(jnp.int32), reference=jax.lax.ragged_dot,
-        tpu=_megablox if tiles else None, gpu=_one_of_a_pair if gpu.takes(rows, kernels) else None,
+        tpu=_megablox if tiles else None,
     )  # fmt: skip
 
 
@@ -47,12 +46,8 @@ def grouped_pair(
 
     return dispatch(
         implementation, rows, kernels, sizes.astype(jnp.int32), reference=_one_product,
-        tpu=both if tiles else None, gpu=gpu.grouped if gpu.takes(rows, kernels) else None,
+        tpu=both if tiles else None,
     )  # fmt: skip
-
-
-def _one_of_a_pair(rows: Array, kernels: Array, sizes: Array) -> Array:
-    return gpu.grouped(rows, kernels[:, None], sizes)[:, 0]
 
 
 def _one_product(rows: Array, kernels: Array, sizes: Array) -> Array:

@@ -1,7 +1,8 @@
 """Hopper GPUs (Mosaic GPU): a program takes up to 64 rows of one group and 128 columns of its kernel.
 
-Groups are laid out anew, each from a multiple of 8 rows on, which is what TMA can address. Only kernels of groups that
-have rows are read. One warpgroup a program: TMA brings chunks of rows and kernel into a ring of buffers for WGMMA.
+Rows lie in slots, group after group, each from a multiple of 8 on, which is what TMA can address. Only kernels of
+groups that have rows are read. One warpgroup a program: TMA brings chunks of rows and kernel into a ring of buffers
+for WGMMA.
 """
 
 from dataclasses import dataclass
@@ -18,70 +19,90 @@ from pallas_kernels import hopper
 
 ROWS, COLUMNS, CHUNK = 64, 128, 64  # rows of a group, columns and inputs of its kernel that a product takes
 BUFFERS = 4  # 96 KiB: two programs fit a multiprocessor, and 128 KiB are on their way to it
-STEP = 8  # rows that begin together
+STEP = 8  # slots that a group takes at a time
+FEW = 1024  # rows that are compared with each other quicker than they are sorted
+
+
+def takes(rows: Any, kernels: Any) -> bool:
+    """Whether the kernel does this product: bfloat16 in whole blocks of swizzled memory."""
+    half = rows.dtype == kernels.dtype == jnp.bfloat16
+    return half and kernels.shape[-2] % CHUNK == 0 and kernels.shape[-1] % 64 == 0
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where R rows of E groups lie."""
+
+    slots: Int[Array, "R"]  # of each row; rows of no group share the last one
+    source: Int[Array, "S"]  # row of each slot, any one where there is none
+    room: Int[Array, "E"]  # slots of each group
+    table: Int[Array, "3 T"]  # group, first slot, and slots of each tile; a tile without slots is none
+
+    @classmethod
+    def of(cls, group: Int[Array, "R"], groups: int) -> "Slots":
+        """For the group of each row, `groups` where it is of none."""
+        R, E = len(group), groups
+        count = -(-(R + (STEP - 1) * min(E, R)) // STEP) * STEP + ROWS
+        sizes = jnp.sum(group[:, None] == jnp.arange(E), 0, dtype=jnp.int32)
+        room = -(-sizes // STEP) * STEP
+        first = jnp.cumsum(room) - room
+        rank = _ranks(group, sizes)
+        slots = jnp.where(group < E, first[jnp.minimum(group, E - 1)] + rank, count - 1)
+        source = jnp.zeros(count, jnp.int32).at[slots].set(jnp.arange(R, dtype=jnp.int32))
+        tiles = -(-sizes // ROWS)
+        ends = jnp.cumsum(tiles)
+        tile = jnp.arange(min(E, R) + R // ROWS, dtype=jnp.int32)  # at most
+        own = jnp.minimum(jnp.sum(ends <= tile[:, None], 1), E - 1)
+        before = ROWS * (tile - (ends - tiles)[own])
+        filled = jnp.where(tile < ends[-1], jnp.minimum(room[own] - before, ROWS), 0)
+        return cls(slots, source, room, jnp.stack([own, first[own] + before, filled]).astype(jnp.int32))
+
+    def product(self, x: Float[Array, "S D"], kernels: Float[Array, "E P D F"]) -> Float[Array, "S P F"]:
+        """Rows in their slots times each of the P kernels of their group; slots of no row hold anything."""
+        return _product(x, kernels, self.table, self.room)
+
+
+def _ranks(group: Int[Array, "R"], sizes: Int[Array, "E"]) -> Int[Array, "R"]:
+    """How many rows of its group come before each row."""
+    row = jnp.arange(len(group), dtype=jnp.int32)
+    if len(group) <= FEW:
+        return jnp.sum((group[:, None] == group) & (row < row[:, None]), 1, dtype=jnp.int32)
+    order = jnp.argsort(group)
+    place = jnp.zeros_like(row).at[order].set(row, unique_indices=True)
+    return place - (jnp.cumsum(sizes) - sizes)[jnp.minimum(group, len(sizes) - 1)]
+
+
+@jax.custom_vjp
+def _product(x: Array, kernels: Array, table: Array, room: Array) -> Array:
+    (E, P, D, F), S = kernels.shape, len(x)
+    return jnp.moveaxis(_call(Shape(table.shape[1], S, D, F, P), table, x, kernels.reshape(E * P, D, F)), 0, 1)
+
+
+def _forward(x: Array, kernels: Array, table: Array, room: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _product(x, kernels, table, room), (x, kernels, room)
+
+
+def _backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, None, None]:
+    x, kernels, room = saved
+
+    def plain(x: Array, kernels: Array) -> Array:
+        return jnp.stack([jax.lax.ragged_dot(x, kernels[:, p], room) for p in range(kernels.shape[1])], 1)
+
+    return *jax.vjp(plain, x, kernels)[1](gradient), None, None
+
+
+_product.defvjp(_forward, _backward)
 
 
 @dataclass(frozen=True)
 class Shape:
     """One call of the kernel."""
 
-    tiles: int  # at most: of 64 rows
-    slots: int  # for rows, laid out anew
+    tiles: int
+    slots: int
     inputs: int
     outputs: int
     pairs: int  # kernels of a group
-
-
-def takes(rows: Any, kernels: Any) -> bool:
-    """Whether the kernel does this call: bfloat16 in whole blocks of swizzled memory."""
-    half = rows.dtype == kernels.dtype == jnp.bfloat16
-    return half and kernels.shape[-2] % CHUNK == 0 and kernels.shape[-1] % 64 == 0
-
-
-@jax.custom_vjp
-def grouped(
-    rows: Float[Array, "R D"], kernels: Float[Array, "E P D F"], sizes: Int[Array, "E"]
-) -> Float[Array, "R P F"]:
-    """Rows of each group times each of its P kernels; rows beyond the last group hold anything."""
-    (R, D), (E, P, _, F) = rows.shape, kernels.shape
-    s = Shape(min(E, R) + R // ROWS, -(-(R + (STEP - 1) * min(E, R)) // STEP) * STEP + ROWS, D, F, P)
-    slots, table = _layout(s, sizes, R)
-    source = jnp.zeros(s.slots, jnp.int32).at[slots].set(jnp.arange(R, dtype=jnp.int32))
-    out = _call(s, table, rows[source], kernels.reshape(E * P, D, F))
-    return out[:, slots].swapaxes(0, 1)
-
-
-def _forward(rows: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array, ...]]:
-    return grouped(rows, kernels, sizes), (rows, kernels, sizes)
-
-
-def _backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, None]:
-    rows, kernels, sizes = saved
-
-    def plain(rows: Array, kernels: Array) -> Array:
-        return jnp.stack([jax.lax.ragged_dot(rows, kernels[:, p], sizes) for p in range(kernels.shape[1])], 1)
-
-    return *jax.vjp(plain, rows, kernels)[1](gradient), None
-
-
-grouped.defvjp(_forward, _backward)
-
-
-def _layout(s: Shape, sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "R"], Int[Array, "3 T"]]:
-    """Where each row goes, and of each tile its group, its first slot, and how many slots it fills (0: no tile)."""
-    sizes = sizes.astype(jnp.int32)
-    room = -(-sizes // STEP) * STEP
-    ends, places = jnp.cumsum(sizes), jnp.cumsum(room) - room
-    row = jnp.arange(rows, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(ends <= row[:, None], 1), len(sizes) - 1)
-    slots = jnp.minimum(row - (ends - sizes)[group] + places[group], s.slots - 1)
-    counts = -(-sizes // ROWS)
-    tile_ends = jnp.cumsum(counts)
-    tile = jnp.arange(s.tiles, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(tile_ends <= tile[:, None], 1), len(sizes) - 1)
-    before = ROWS * (tile - (tile_ends - counts)[group])
-    filled = jnp.where(tile < tile_ends[-1], jnp.minimum(room[group] - before, ROWS), 0)
-    return slots, jnp.stack([group, places[group] + before, filled]).astype(jnp.int32)
 
 
 def _call(s: Shape, table: Array, rows: Array, kernels: Array) -> Array:

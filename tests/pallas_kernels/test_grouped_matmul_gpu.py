@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from pallas_kernels.grouped_matmul import gpu, grouped_matmul, grouped_pair
+from dflash_jax.config import MoeConfig
+from dflash_jax.models import moe
+from dflash_jax.models.moe import Experts
+from pallas_kernels.grouped_matmul import gpu
 from tests.pallas_kernels.device import by_the_interpreter, running_kernels
 
 pytestmark = pytest.mark.timeout(240)
@@ -19,99 +23,122 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def some(rows: int, experts: int, inputs: int, outputs: int, pairs: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+def some(experts: int, inputs: int, outputs: int, pairs: int, rows: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(seed)
     shapes = (rows, inputs), (experts, pairs, inputs, outputs)
     x, kernels = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
     return x, kernels
 
 
-def truth(x: jax.Array, kernels: jax.Array, sizes: list[int]) -> np.ndarray:
-    expert = np.repeat(np.arange(len(sizes)), sizes)
+def product(x: jax.Array, kernels: jax.Array, groups: np.ndarray) -> np.ndarray:
+    slots = gpu.Slots.of(jnp.asarray(groups), len(kernels))
+    return np.asarray(slots.product(x[slots.source], kernels)[slots.slots], np.float64)
+
+
+def truth(x: jax.Array, kernels: jax.Array, groups: np.ndarray) -> np.ndarray:
     rows, kernels = (np.asarray(y, np.float64) for y in (x, kernels))
-    return np.einsum("rd,rpdf->rpf", rows[: len(expert)], kernels[expert])
+    return np.einsum("rd,rpdf->rpf", rows, kernels[groups])
+
+
+def close(found: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=1e-2, atol=2e-2)
 
 
 CASES = {
-    "few rows, most groups empty": ([0, 3, 0, 0, 1, 0], 6),
-    "groups of many tiles": ([70, 0, 129, 8], 207),
-    "rows of no group at the end": ([5, 0, 9], 20),
-    "no group has rows": ([0, 0, 0], 4),
+    "few rows, most groups empty": [0, 3, 0, 0, 1, 0],
+    "groups of many tiles": [70, 0, 129, 8],
+    "rows of no group": [5, 0, 9, 6],  # of which the last is none
+    "one row": [0, 1, 0],
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("pairs", [1, 2])
-def test_equals_each_row_times_its_kernel(interpreted: None, name: str, pairs: int):
-    sizes, rows = CASES[name]
-    x, kernels = some(rows, len(sizes), 128, 256, pairs)
-    found = np.asarray(gpu.grouped(x, kernels, jnp.asarray(sizes)), np.float64)
-    assert found.shape == (rows, pairs, 256)
-    wanted = truth(x, kernels, sizes)
-    np.testing.assert_allclose(found[: sum(sizes)], wanted, rtol=1e-2, atol=2e-2)
+@pytest.mark.parametrize("few", [gpu.FEW, 0])
+def test_equals_each_row_times_its_kernel(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch, name: str, pairs: int, few: int
+):
+    monkeypatch.setattr(gpu, "FEW", few)  # ranks by comparison, and by sorting
+    sizes = CASES[name]
+    groups = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int32)
+    experts = 3 if name == "rows of no group" else len(sizes)
+    x, kernels = some(experts, 128, 256, pairs, len(groups))
+    found, inside = product(x, kernels, groups), groups < experts
+    assert found.shape == (len(groups), pairs, 256)
+    close(found[inside], truth(x[inside], kernels, groups[inside]))
 
 
 def test_kernels_without_rows_are_not_read(interpreted: None):
-    x, kernels = some(6, 4, 64, 128, 1)
-    sizes = [0, 2, 0, 4]
-    spoilt = jnp.where((jnp.asarray(sizes) > 0)[:, None, None, None], kernels, jnp.nan)
-    found = np.asarray(gpu.grouped(x, spoilt, jnp.asarray(sizes)), np.float64)
-    np.testing.assert_allclose(found, truth(x, kernels, sizes), rtol=1e-2, atol=2e-2)
+    x, kernels = some(4, 64, 128, 1, 6)
+    groups = np.asarray([1, 3, 3, 1, 3, 3], np.int32)
+    spoilt = kernels.at[np.asarray([0, 2])].set(jnp.nan)
+    close(product(x, spoilt, groups), truth(x, kernels, groups))
 
 
 def test_gradients_are_those_of_the_products(interpreted: None):
-    x, kernels = some(9, 3, 64, 128, 2)
-    sizes = jnp.asarray([4, 0, 5])
+    x, kernels = some(3, 64, 128, 2, 9)
+    groups = jnp.asarray([0, 2, 2, 0, 2, 0, 2, 2, 0])
 
-    def loss(call, x, kernels):
-        return jnp.sum(call(x, kernels, sizes).astype(jnp.float32) ** 2)
+    def ours(x: jax.Array, kernels: jax.Array) -> jax.Array:
+        slots = gpu.Slots.of(groups, 3)
+        return jnp.sum(slots.product(x[slots.source], kernels)[slots.slots].astype(jnp.float32) ** 2)
 
-    got = jax.grad(lambda *given: loss(gpu.grouped, *given), (0, 1))(x, kernels)
-    plain = lambda x, kernels, sizes: grouped_pair(x, kernels, sizes, implementation="reference")  # noqa: E731
-    wanted = jax.grad(lambda *given: loss(plain, *given), (0, 1))(x, kernels)
-    for one, other in zip(got, wanted, strict=True):
+    def plain(x: jax.Array, kernels: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.einsum("rd,rpdf->rpf", x, kernels[groups]).astype(jnp.float32) ** 2)
+
+    for one, other in zip(jax.grad(ours, (0, 1))(x, kernels), jax.grad(plain, (0, 1))(x, kernels), strict=True):
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         assert np.abs(one - other).max() <= 2e-2 * np.abs(other).max()
 
 
 @by_the_interpreter
 def test_a_group_that_writes_over_the_next_is_noticed(interpreted: None, monkeypatch: pytest.MonkeyPatch):
-    honest = gpu._layout
+    honest = gpu._call
 
-    def wider(*given):
-        slots, table = honest(*given)
-        return slots, table.at[2].set(jnp.where(table[2] > 0, gpu.ROWS, 0))[:, ::-1]  # later groups first
+    def wider(s: gpu.Shape, table: jax.Array, *given: jax.Array) -> jax.Array:
+        filled = jnp.where(table[2] > 0, gpu.ROWS, 0)
+        return honest(s, table.at[2].set(filled)[:, ::-1], *given)  # later groups first
 
-    monkeypatch.setattr(gpu, "_layout", wider)
-    x, kernels = some(6, 2, 64, 128, 1)
-    found = np.asarray(gpu.grouped(x, kernels, jnp.asarray([3, 3])), np.float64)
-    assert np.abs(found - truth(x, kernels, [3, 3])).max() > 0.1
-
-
-REAL = [
-    ("Qwen3.5-397B-A17B", 512, 10, 4096, 1024),
-    ("Qwen3.5-35B-A3B", 256, 8, 2048, 512),
-    ("gpt-oss-120b", 128, 4, 2880, 2880),
-]
+    monkeypatch.setattr(gpu, "_call", wider)
+    x, kernels = some(2, 64, 128, 1, 6)
+    groups = np.asarray([0, 0, 0, 1, 1, 1], np.int32)
+    assert np.abs(product(x, kernels, groups) - truth(x, kernels, groups)).max() > 0.1
 
 
-@pytest.mark.parametrize(("name", "experts", "top_k", "model", "width"), REAL)
+REAL = {  # experts, top k, width of the model, of an expert
+    "Qwen3.5-397B-A17B": (512, 10, 4096, 1024),
+    "Qwen3.5-35B-A3B": (256, 8, 2048, 512),
+    "gpt-oss-120b": (128, 4, 2880, 2880),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("rows", [1, 16, 2048])
-def test_lowers_at_real_sizes(name: str, experts: int, top_k: int, model: int, width: int, rows: int):
-    half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
-    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
-    R = rows * top_k
-    for call, given in (
-        (grouped_pair, (half(R, model), half(experts, 2, model, width), sizes)),
-        (grouped_matmul, (half(R, width), half(experts, width, model), sizes)),
-    ):
-        text = jax.export.export(jax.jit(call), platforms=["cuda"])(*given).mlir_module()
-        assert "mosaic_gpu" in text
+def test_experts_of_real_sizes_lower_to_the_kernel(
+    name: str, experts: int, top_k: int, model: int, width: int, rows: int
+):
+    config = MoeConfig(experts, top_k, width)
+    graph, weights = nnx.split(nnx.eval_shape(lambda: Experts(model, config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
+
+    def run(weights: nnx.State, x: jax.Array, chosen: jax.Array, share: jax.Array) -> jax.Array:
+        return nnx.merge(graph, weights)(x, chosen, share)
+
+    shape = jax.ShapeDtypeStruct
+    given = shape((rows, model), jnp.bfloat16), shape((rows, top_k), jnp.int32), shape((rows, top_k), jnp.float32)
+    text = jax.export.export(jax.jit(run), platforms=["cuda"])(weights, *given).mlir_module()
+    assert text.count("mosaic_gpu_v2") == 2
+    assert "ragged_dot" not in text
 
 
-def test_what_it_does_not_take_runs_the_reference():
-    x, kernels = some(4, 2, 64, 128, 1)
-    text = jax.export.export(jax.jit(grouped_matmul), platforms=["cuda"])(
-        x.astype(jnp.float32), kernels[:, 0].astype(jnp.float32), jnp.asarray([1, 3])
-    ).mlir_module()
-    assert "mosaic_gpu" not in text
+def test_the_experts_are_those_of_the_reference(interpreted: None, monkeypatch: pytest.MonkeyPatch):
+    experts = Experts(128, MoeConfig(9, 2, 128, bias=True), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for p in (experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias):
+        p[...] = jnp.asarray(rng.normal(size=p.shape) / 4, p.dtype)
+    x, chosen = jnp.asarray(rng.normal(size=(5, 128)), jnp.bfloat16), rng.integers(0, 9, (5, 2)).astype(np.int32)
+    weights = jnp.asarray(rng.uniform(size=(5, 2)), jnp.float32)
+    wanted = experts(x, jnp.asarray(chosen), weights)
+    monkeypatch.setattr(moe, "dispatch", lambda _, *given, gpu, **others: gpu(*given))
+    found = experts(x, jnp.asarray(chosen), weights)
+    wanted, found = (np.asarray(y, np.float64) for y in (wanted, found))
+    assert np.abs(found - wanted).max() <= 2e-2 * np.abs(wanted).max()
