@@ -114,9 +114,8 @@ REAL = {  # experts, top k, width of the model, of an expert
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("rows", [1, 16, 2048])
-def test_experts_of_real_sizes_lower_to_the_kernel(
-    name: str, experts: int, top_k: int, model: int, width: int, rows: int
-):
+def test_experts_of_real_sizes_lower_to_the_kernel(name: str, rows: int):
+    experts, top_k, model, width = REAL[name]
     config = MoeConfig(experts, top_k, width)
     graph, weights = nnx.split(nnx.eval_shape(lambda: Experts(model, config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
 
