@@ -55,7 +55,9 @@ class Slots:
         own = jnp.minimum(jnp.sum(ends <= tile[:, None], 1), E - 1)
         before = ROWS * (tile - (ends - tiles)[own])
         filled = jnp.where(tile < ends[-1], jnp.minimum(room[own] - before, ROWS), 0)
-        return cls(slots, source, room, jnp.stack([own, first[own] + before, filled]).astype(jnp.int32))
+        table = jnp.stack([own, first[own] + before, filled]).astype(jnp.int32)
+        # Without the barrier XLA works all of this out again for every number that is gathered by it.
+        return cls(*jax.lax.optimization_barrier((slots, source, room, table)))
 
     def product(self, x: Float[Array, "S D"], kernels: Float[Array, "E P D F"]) -> Float[Array, "S P F"]:
         """Rows in their slots times each of the P kernels of their group; slots of no row hold anything."""
