@@ -147,7 +147,7 @@ HEAD = """# Kernels at real sizes
 
 Written by `make aot`, which compiles every case below for every chip below on a machine that has none of them, and
 fails where one does not compile or moves more than 1.15 times the bytes that it must. Nothing here was run or timed
-on an accelerator.
+on an accelerator; gpu.md says what was.
 
 **What compiling proves.** For TPUs the real compilers run to the end (Mosaic and XLA of libtpu): the kernel lowers,
 its tiles are legal, and its buffers fit VMEM; not that its results are right (tests compare it with its reference
