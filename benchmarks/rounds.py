@@ -72,7 +72,8 @@ def configurations(options: Options) -> tuple[TargetConfig, DrafterConfig]:
     """Of the target, cut if asked for, and of the recipe's drafter, whose taps move into what is left of the target."""
     target = TargetConfig.from_dict(read_config(options.target))
     recipe = yaml.safe_load(Path(options.recipe).read_text())
-    architecture = DrafterArchitecture(**recipe["training"]["architecture"])
+    sizes = recipe["training"]["architecture"]
+    architecture = DrafterArchitecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
     drafter = architecture.drafter_config(target, recipe.get("mask_token", target.vocab_size - 1))
     if options.layers is None:
         return target, drafter

@@ -1,11 +1,16 @@
 """The benchmarks measure what they say: their PyTorch loop is right, their sums are right."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
+from benchmarks import kernels, rounds
 from benchmarks.pair import totals
+from dflash_jax.config import TargetConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -63,3 +68,72 @@ def test_totals_weigh_by_work():
     assert total["speedup"] == pytest.approx(0.8)
     assert total["acceptance_length"] == pytest.approx(300 / 75)
     assert total["identical"] is False
+
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "head_dim": 16,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4, "intermediate_size": 48,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False,
+    "eos_token_id": 1,
+}  # fmt: skip
+SIZES = {"num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "intermediate_size": 32, "block_size": 3}
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"training": {"architecture": SIZES | {"tap_ids": [1, 3]}}}))
+    return {"target": str(tmp_path / "config.json"), "recipe": str(tmp_path / "recipe.yaml")}
+
+
+def test_rounds_of_random_models_are_timed(sizes):
+    rows = rounds.measure(rounds.Options(**sizes, batches="2", widths="1,3", context=40, runs=1))
+    assert [(row["batch"], row["width"], row["layers"]) for row in rows] == [(2, 1, 4), (2, 3, 4)]
+    assert all(0 < row["seconds"] < 1 for row in rows)
+    assert rows[1]["over_plain"] == rows[1]["seconds"] / rows[0]["seconds"]
+    assert rows[0]["least_seconds"] is None  # no peaks are published for what runs this
+
+
+@pytest.mark.parametrize(("layers", "taps"), [(None, (1, 3)), (2, (0, 1))])
+def test_a_cut_target_is_tapped_where_it_has_layers(sizes, layers, taps):
+    target, drafter = rounds.configurations(rounds.Options(**sizes, layers=layers))
+    assert isinstance(target, TargetConfig)
+    assert (target.num_layers, drafter.tap_ids, drafter.block_size) == (layers or 4, taps, 3)
+
+
+def test_rounds_refuse_a_folder_that_is_none(sizes, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["rounds", "--target", "nowhere"])
+    assert rounds.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def case(kernel, name):
+    import importlib
+
+    found = importlib.import_module(f"pallas_kernels.{kernel}.cases").cases()
+    return next(c for c in found if name in c.name)
+
+
+def test_a_full_cache_is_what_attention_is_timed_with():
+    arrays = kernels.filled(case("block_attention", "35B-A3B, batch 1, context 1K, W 16"))
+    keys, lengths, table = arrays[1], arrays[5], arrays[6]
+    assert lengths.tolist() == [1024 - 16]
+    assert sorted(table.ravel().tolist()) == list(range(len(keys)))
+    assert np.std(np.asarray(keys, np.float32)) == pytest.approx(1, rel=0.01)
+
+
+def test_a_wrong_kernel_is_a_failure(monkeypatch):
+    chosen = case("gated_delta", "35B-A3B, batch 1, W 1")
+    monkeypatch.setattr(kernels, "microseconds", lambda *given: 1.0)
+    assert kernels.run(chosen, "reference", None, 1)["failure"] == ""
+    honest = kernels.filled
+    monkeypatch.setattr(kernels, "error", lambda *given: float("nan"))
+    assert kernels.run(chosen, "reference", None, 1)["failure"] == "differs from the reference"
+    monkeypatch.setattr(kernels, "filled", lambda case: honest(case)[:-1])
+    assert kernels.run(chosen, "reference", None, 1)["failure"]  # what the call raised
+
+
+def test_kernels_are_timed_on_accelerators_only(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["kernels"])
+    assert kernels.main() == 2
+    assert "no accelerator" in capsys.readouterr().out
