@@ -13,11 +13,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -85,38 +85,21 @@ def run(case: Case, platform: Any, chip: Chip | None, runs: int) -> dict[str, An
 
 
 def filled(case: Case) -> tuple[Any, ...]:
-    """Arguments: normal numbers; caches that are full but for the block, pages in random order, blocks evenly apart."""
-    key = jax.random.key(0)
-    shapes = case.arguments
-    pages = {x.shape: x for x in jax.tree.leaves(shapes) if x.dtype == jnp.int32 and x.ndim == 2}
+    """Arguments: the case's whole numbers, random bits, and normal numbers (vectors: small positive ones)."""
+    leaves, tree = jax.tree.flatten(case.arguments)
+    whole, keys = iter(case.whole), jax.random.split(jax.random.key(0), len(leaves))
 
-    def whole(x: jax.ShapeDtypeStruct) -> jax.Array:
-        """Whole numbers by what takes them: lengths, counts, page tables, anchors, tokens."""
-        if x.ndim == 1:
-            width = shapes[3].shape[1]
-            room = next((256 * shape[1] for shape in pages if shape[0] == x.shape[0]), None)
-            return jnp.full(x.shape, width if room is None else room - width, x.dtype)
-        if "drafter of" in case.name:
-            context = shapes[-5].shape[1]
-            return jnp.broadcast_to(jnp.linspace(1, context - 1, x.shape[1]).astype(x.dtype), x.shape)
-        if "gated delta" in case.name:
-            return jnp.broadcast_to(jnp.arange(-1, x.shape[1] - 1, dtype=x.dtype), x.shape)
-        return jnp.asarray(np.random.default_rng(0).permutation(x.size).reshape(x.shape), x.dtype)
+    @partial(jax.jit, static_argnums=(1, 2))
+    def fill(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        if dtype == jnp.uint32:
+            return jax.random.bits(key, shape, dtype)
+        drawn = jax.random.normal(key, shape, dtype)
+        return drawn if len(shape) > 1 else jnp.abs(drawn) / 10
 
-    def fill(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-        if x.dtype == jnp.int32:
-            return whole(x)
-        own = jax.random.fold_in(key, hash(str(path)) % 2**31)
-        if x.dtype == jnp.uint32:
-            return jax.random.bits(own, x.shape, x.dtype)
-        scale = 1.0 if x.ndim > 1 else 0.1
-        return (
-            jnp.abs(jax.random.normal(own, x.shape, jnp.float32) * scale).astype(x.dtype)
-            if x.ndim == 1
-            else (jax.jit(lambda k: jax.random.normal(k, x.shape, x.dtype) * scale)(own))
-        )
+    def one(key: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(next(whole), x.dtype) if x.dtype == jnp.int32 else fill(key, x.shape, x.dtype)
 
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+    return jax.tree.unflatten(tree, [one(key, x) for key, x in zip(keys, leaves, strict=True)])
 
 
 def error(case: Case, platform: Any, arrays: tuple[Any, ...]) -> float:

@@ -73,7 +73,8 @@ def configurations(options: Options) -> tuple[TargetConfig, DrafterConfig]:
     target = TargetConfig.from_dict(read_config(options.target))
     recipe = yaml.safe_load(Path(options.recipe).read_text())
     sizes = recipe["training"]["architecture"]
-    architecture = DrafterArchitecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
+    architecture = DrafterArchitecture(**given)
     drafter = architecture.drafter_config(target, recipe.get("mask_token", target.vocab_size - 1))
     if options.layers is None:
         return target, drafter

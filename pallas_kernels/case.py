@@ -19,6 +19,7 @@ class Case:
     must_move: int  # bytes that any implementation reads or writes
     moved: int  # bytes that the TPU kernel reads and writes, as in its cost estimate
     flops: int
+    whole: tuple[Any, ...] = ()  # values of the arguments that are int32, in order: what is an index is no noise
 
     def call(self, implementation: Implementation | None) -> Callable[..., Any]:
         """The function with the implementation bound, for `jax.jit`."""

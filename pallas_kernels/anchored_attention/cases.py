@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.anchored_attention import anchored_attention
 from pallas_kernels.anchored_attention.plan import make_plan
@@ -45,6 +46,7 @@ def _both(
     anchors = jax.ShapeDtypeStruct((B, A), jnp.int32)
     arrays = (q, ctx, ctx, blk, blk, anchors)
     options = {"causal": causal, "window": window, "scale": H**-0.5}
+    evenly = (np.broadcast_to(np.linspace(1, context - 1, A).astype(np.int32), (B, A)),)
     plan = make_plan(shape, kv_heads, context, q.dtype.itemsize)
     rows, lse = q.size * 2, B * A * W * N * 4
     own, shared, places = 2 * blk.size * 2, 2 * ctx.size * 2, anchors.size * 4
@@ -55,6 +57,7 @@ def _both(
     yield Case(
         f"forward: {name}", functools.partial(anchored_attention, **options), arrays,
         must_move=2 * rows + own + shared + places, moved=plan.forward_bytes(), flops=int(2 * product),
+        whole=evenly,
     )  # fmt: skip
     forward_and_backward = functools.partial(_vjp, **options)
     both = plan.forward_bytes() + plan.backward_bytes()
@@ -62,7 +65,7 @@ def _both(
     yield Case(
         f"forward and backward: {name}", forward_and_backward, (q, *arrays),
         must_move=2 * rows + own + shared + places + 4 * rows + lse + 2 * own + 2 * shared + places,
-        moved=both, flops=int(7 * product),
+        moved=both, flops=int(7 * product), whole=evenly,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.block_attention.attention import block_attention
 from pallas_kernels.block_attention.plan import make_plan
@@ -87,4 +88,5 @@ def case(layer: Layer, batch: int, context: int, width: int) -> Case:
         must_move=batch * (seen * row + width * row * (1 if layer.drafter else 2) + 2 * 2 * width * N * H),
         moved=plan.bytes_moved(plan.full),
         flops=4 * batch * width * N * H * (seen + width),
+        whole=(np.full(batch, context - width), np.random.default_rng(0).permutation(table.size).reshape(table.shape)),
     )

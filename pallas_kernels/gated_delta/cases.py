@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.dispatch import tuning
@@ -36,7 +37,8 @@ def block_case(model: str, heads: tuple[int, int], batch: int, rows: int, tree: 
     parents = (jax.ShapeDtypeStruct((batch, rows), jnp.int32),) if tree else ()
     moved = sizes.block_bytes(tree)
     name = f"{model}, batch {batch}, W {rows}{', tree' if tree else ''}"
-    return _case(name, gated_delta_block, given + parents, sizes.block_bytes(), moved, sizes.block_flops())
+    chain = (np.broadcast_to(np.arange(-1, rows - 1), (batch, rows)),) if tree else ()
+    return _case(name, gated_delta_block, given + parents, sizes.block_bytes(), moved, sizes.block_flops(), chain)
 
 
 def prefill_case(model: str, heads: tuple[int, int], batch: int, rows: int) -> Case:
@@ -47,7 +49,8 @@ def prefill_case(model: str, heads: tuple[int, int], batch: int, rows: int) -> C
     count = (jax.ShapeDtypeStruct((batch,), jnp.int32),)
     must = sizes.prefill_bytes(1, tuned["chunk"])
     flops = sizes.prefill_flops(tuned["chunk"])
-    return _case(f"{model}, batch {batch}, prefill {rows}", gated_delta_prefill, given + count, must, moved, flops)
+    name, all_rows = f"{model}, batch {batch}, prefill {rows}", (np.full(batch, rows),)
+    return _case(name, gated_delta_prefill, given + count, must, moved, flops, all_rows)
 
 
 def sizes_of(given: tuple[Any, ...]) -> Sizes:
@@ -70,6 +73,7 @@ def arguments(
 
 
 def _case(
-    name: str, function: Callable[..., Any], given: tuple[Any, ...], must_move: int, moved: int, flops: int
-) -> Case:
-    return Case(f"gated delta: {name}", function, given, must_move, moved, flops)
+    name: str, function: Callable[..., Any], given: tuple[Any, ...], must_move: int, moved: int, flops: int,
+    whole: tuple[np.ndarray, ...],
+) -> Case:  # fmt: skip
+    return Case(f"gated delta: {name}", function, given, must_move, moved, flops, whole)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.head_sampling import Projection, head_sampling, tpu
@@ -57,4 +58,5 @@ def _case(name: str, vocab: int, model: int, batch: int, width: int, job: str, l
         must_move=sum(x.size * x.dtype.itemsize for x in every),
         moved=estimate.bytes_accessed,
         flops=2 * rows * model * vocab,
+        whole=(np.random.default_rng(0).integers(0, vocab, (rows, CANDIDATES)),) if arguments[2] is not None else (),
     )
