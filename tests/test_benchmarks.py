@@ -1,8 +1,10 @@
 """The benchmarks measure what they say: their PyTorch loop is right, their sums are right."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -108,10 +110,15 @@ def test_rounds_refuse_a_folder_that_is_none(sizes, capsys, monkeypatch):
 
 
 def case(kernel, name):
-    import importlib
-
-    found = importlib.import_module(f"pallas_kernels.{kernel}.cases").cases()
+    found = import_module(f"pallas_kernels.{kernel}.cases").cases()
     return next(c for c in found if name in c.name)
+
+
+@pytest.mark.parametrize("kernel", kernels.kernels())
+def test_every_case_says_what_its_whole_numbers_are(kernel):
+    for one in import_module(f"pallas_kernels.{kernel}.cases").cases():
+        shapes = [x.shape for x in jax.tree.leaves(one.arguments) if x.dtype == np.int32]
+        assert [x.shape for x in one.whole] == shapes, one.name
 
 
 def test_a_full_cache_is_what_attention_is_timed_with():
