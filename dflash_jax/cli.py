@@ -82,7 +82,9 @@ class ServeOptions:
     max_length: int | None = option(None, "tokens of a request, prompt and output; the model's positions", metavar="N")
     max_requests: int = option(4096, "requests that wait or run; more are told to come again", metavar="N")
     memory_mib: int | None = option(
-        None, "memory of each device for weights, caches and state; as much as the slots need", metavar="N"
+        None,
+        "memory of each device for weights, caches and state; what the slots need and an accelerator has",
+        metavar="N",
     )
     mesh: str = option("", "devices to spread the pair over, as in expert=4,tensor=2; one device if left out")
     draft: bool = option(True, "decode plainly, without the drafter")

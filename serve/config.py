@@ -23,6 +23,8 @@ EVERYTHING = SamplingPlan(random=True, filters=True, penalties=True, bias=True, 
 PAGE = {"cpu": 16, "accelerator": 64}
 PREFILL = {"cpu": ((4, 32), (1, 128)), "accelerator": ((4, 64), (1, 256))}
 
+MEMORY = 0.85  # of an accelerator's
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -36,7 +38,7 @@ class EngineConfig:
     max_length: int | None = None  # tokens of a request, prompt and output; None: the model's positions
     page_size: int | None = None  # tokens; None: 16 on the CPU, 64 on accelerators, what the kernels take
     pages: int | None = None  # None: as many as the memory budget allows, else enough for all slots at their longest
-    memory_bytes: int | None = None  # for weights, caches and state, of each device
+    memory_bytes: int | None = None  # for weights, caches and state, of each device; None: see `device_memory`
     checkpoints: int = 64  # recurrent states that the prefix cache may keep
     prefix_cache: bool = True
     buckets: tuple[int, ...] | None = None  # batch sizes; None: 1, 4, 16, ... up to the slots
@@ -163,8 +165,9 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     least = -(-length // page_size)
     pages = c.pages or c.slots * least + 1  # one more: see `Scheduler.admit`
     sizes = Sizes(c.slots, length, widths[-1], c.rounds, pages, page_size, c.checkpoints, settings, c.grammar)
-    if c.memory_bytes is not None:
-        within = memory_of(pair, sizes).pages_within(c.memory_bytes, least)
+    budget = device_memory() if c.memory_bytes is None and c.pages is None else c.memory_bytes
+    if budget is not None:
+        within = memory_of(pair, sizes).pages_within(budget, least)
         sizes = replace(sizes, pages=min(within, sizes.pages))
     if sizes.pages < least + 1:
         raise InputError(f"there are {sizes.pages} pages of {page_size}; give at least {least + 1}: max_length and one")
@@ -175,6 +178,12 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     if not c.logprobs:
         return made
     return replace(made, plans=(*plans, replace(made.everything, logprobs=looked_up(c.logprobs, vocab))))
+
+
+def device_memory() -> int | None:
+    """What of its memory a device has for weights, caches and state beside what programs need; None where unknown."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(MEMORY * stats["bytes_limit"]) if "bytes_limit" in stats else None
 
 
 def _widths(pair: Pair, c: EngineConfig) -> tuple[int, ...]:

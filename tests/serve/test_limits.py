@@ -2,12 +2,14 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from dflash_jax.decoding.generate import generate
 from dflash_jax.errors import InputError
+from serve import config
 from serve.config import GREEDY, EngineConfig, resolve
 from serve.engine import Busy, Engine
 from serve.programs import memory_of
@@ -74,6 +76,17 @@ def test_pages_follow_the_memory():
     within = resolve(pair, replace(three, memory_bytes=roomy.total - 5 * roomy.page - 1)).sizes
     assert within.pages == 31
     assert memory_of(pair, within).total < roomy.total - 5 * roomy.page
+
+
+def test_an_accelerator_s_memory_is_a_budget(monkeypatch):
+    pair, three = engines.pair(), replace(ONE, slots=3, buckets=(3,))
+    assert config.device_memory() is None  # no CPU says what it has
+    roomy = memory_of(pair, resolve(pair, three).sizes)
+    limit = (roomy.total - 5 * roomy.page) / config.MEMORY
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit})])
+    assert resolve(pair, three).sizes.pages == 32
+    assert resolve(pair, replace(three, pages=37)).sizes.pages == 37  # what is asked for is not counted again
+    assert resolve(pair, replace(three, memory_bytes=2 * roomy.total)).sizes.pages == 37
 
 
 @pytest.mark.parametrize(
