@@ -63,7 +63,7 @@ $(VENV)/.installed-%: pyproject.toml $(VENV)/.installed
 	@touch $@
 
 # The second leg: Python 3.12 with the newest jax and flax, and no torch.
-SHORT_TESTS = $(shell find tests -name 'test_*.py' | grep -E 'golden|embedded|test_greedy|test_batching|test_cli|test_text|tests/test_plan|tests/test_sharding')
+SHORT_TESTS = $(shell find tests -name 'test_*.py' | grep -E 'golden|embedded|test_greedy|test_batching|test_cli|test_text|tests/test_plan|tests/test_sharding|kernels/test_.*_.pu')
 PYTHON312 ?= $(shell for p in python3.12 $$(ls -d $$HOME/.pyenv/versions/3.12*/bin/python 2>/dev/null); do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 
