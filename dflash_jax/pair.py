@@ -86,8 +86,8 @@ class Pair:
         is alone: the tokens of speculation would not be those of plain decoding.
         """
         mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-        wide = self.target.embed.embedding.dtype == jnp.float32
-        return _exactly(mesh) if wide and jax.default_backend() != "cpu" else mesh
+        rounds = jax.default_backend() != "cpu" and self.target.embed.embedding.dtype == jnp.float32
+        return _exactly(mesh) if rounds else mesh
 
     @property
     def batch_multiple(self) -> int:

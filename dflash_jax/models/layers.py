@@ -53,7 +53,8 @@ def linear(
 def _product(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Array:
     """`jax.lax.dot_general`; on GPUs one row, which is plain decoding, takes a row of zeros along.
 
-    Of one row and a matrix XLA makes element-wise products there, writes them out, and adds them up: two times as slow.
+    Of one row and a matrix XLA makes element-wise products there, writes them out, and adds them up: a step of
+    Qwen3-8B took 17% longer.
     """
 
     def whole(x: Array, kernel: Array) -> Array:

@@ -62,25 +62,13 @@ def reason_against(q: Any, keys: Any, causal: bool, mask: Any, write: bool) -> s
     return None if N % K == 0 else "query heads share key heads evenly"
 
 
-def attend(
-    q: Array,
-    keys: Array,
-    values: Array,
-    block_keys: Array,
-    block_values: Array,
-    lengths: Array,
-    page_table: Array | None,
-    mask: Array | None,
-    depths: Array | None,
-    sinks: Array | None,
-    **options: Any,
-) -> tuple[Array, Array, Array]:
+def attend(q: Array, *rest: Any, **options: Any) -> tuple[Array, Array, Array]:
     """What `reference.attend` computes; a long causal block in parts, each committed before the next."""
     run = partial(_block, **options)
-    given = q, keys, values, block_keys, block_values, lengths, page_table
     if q.shape[1] <= TILE:
-        return run(*given, mask, depths, sinks)
-    return in_parts(run, TILE, *given, None, None, sinks)
+        return run(q, *rest)
+    *given, _, _, sinks = rest  # there is no mask
+    return in_parts(run, TILE, q, *given, None, None, sinks)
 
 
 def _block(
