@@ -30,6 +30,7 @@ from dflash_jax.decoding.generate import run_rounds
 from dflash_jax.decoding.round import DecodeState
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
 from dflash_jax.options import option, parser_for, read_options
 from dflash_jax.roofline import roofline, seconds
@@ -108,12 +109,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 def random_weights(target: TargetConfig, drafter: DrafterConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Both models in bfloat16, made on the device one parameter after the other: at once they would not fit twice."""
-    models = nnx.eval_shape(
-        lambda: (
-            Target(target, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
-            Drafter(drafter, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
-        )
-    )
+    half = jnp.bfloat16
+    models = shapes_of(lambda rngs: (Target(target, dtype=half, rngs=rngs), Drafter(drafter, dtype=half, rngs=rngs)))
     graph, shapes = nnx.split(models)
 
     @partial(jax.jit, static_argnums=(1, 2))

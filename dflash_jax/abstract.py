@@ -16,6 +16,7 @@ from dflash_jax.decoding.prefill import CHUNK, capacity, prefill
 from dflash_jax.decoding.round import DecodeState, decode_round
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
 from dflash_jax.sharding import RULES, AnyMesh, Axis, placement, state_shardings
 
@@ -79,7 +80,7 @@ def build(
     if batch % (ways := mesh.shape["data"] * mesh.shape["fsdp"]):
         over = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
         raise InputError(f"the mesh's {over} does not divide the batch, which is {batch}; give a multiple of {ways}")
-    models = nnx.eval_shape(lambda: _models(target, drafter))
+    models = shapes_of(lambda rngs: _models(target, drafter, rngs))
     graph, weights = nnx.split(models)
     weights = _placed(weights, state_shardings(weights, mesh))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -104,8 +105,7 @@ def build(
     return Abstract(kind, rows, batch, context, mesh, leaves, caches, lower)
 
 
-def _models(target: TargetConfig, drafter: DrafterConfig | None) -> tuple[Target, Drafter | None]:
-    rngs = nnx.Rngs(0)
+def _models(target: TargetConfig, drafter: DrafterConfig | None, rngs: Any) -> tuple[Target, Drafter | None]:
     made = None if drafter is None else Drafter(drafter, dtype=DTYPE, rngs=rngs)
     return Target(target, dtype=DTYPE, rngs=rngs), made
 

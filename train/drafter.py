@@ -18,6 +18,7 @@ from dflash_jax.checkpoints import load_drafter
 from dflash_jax.config import DrafterConfig
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
 from dflash_jax.pair import check_fit
 from dflash_jax.text import Tokenizer
@@ -193,7 +194,7 @@ def step_flops(config: DrafterTraining, setting: Setting, architecture: DrafterC
     """Of all devices, as `train.flops` counts them."""
     length = setting.data.length
     tokens = config.batch * length
-    state = nnx.state(nnx.eval_shape(lambda: Drafter(architecture, rngs=nnx.Rngs(0))))
+    state = nnx.state(shapes_of(lambda rngs: Drafter(architecture, rngs=rngs)))
     flops = drafter_flops(architecture, state, tokens=tokens, anchors=config.anchors, length=length)
     if setting.data.taps == "online":
         flops += tokens * target_flops(setting.target.config, nnx.state(setting.target), length)

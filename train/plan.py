@@ -17,6 +17,7 @@ from dflash_jax.abstract import Abstract, Leaf
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
 from dflash_jax.roofline import ITEM, Part, mixer_name, mlp_name
 from dflash_jax.sharding import AnyMesh, placement, state_shardings
@@ -58,8 +59,8 @@ def build(
             f"the batch is {batch} sequences, which the mesh's data x fsdp = {ways} and {config.parts} micro batches "
             f"do not divide; give a multiple of {ways * config.parts}"
         )
-    graph, params = nnx.split(nnx.eval_shape(lambda: Drafter(drafter, dtype=jnp.float32, rngs=nnx.Rngs(0))))
-    frozen_graph, frozen = nnx.split(nnx.eval_shape(lambda: Target(target, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
+    graph, params = nnx.split(shapes_of(lambda rngs: Drafter(drafter, dtype=jnp.float32, rngs=rngs)))
+    frozen_graph, frozen = nnx.split(shapes_of(lambda rngs: Target(target, dtype=jnp.bfloat16, rngs=rngs)))
     optimizer = make_optimizer(config.optimizer, 1000)
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
     state, frozen = (_placed(x, state_shardings(x, mesh)) for x in (state, frozen))

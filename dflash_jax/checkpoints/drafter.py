@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dflash_jax.checkpoints.drafter_table import PREFIXES, drafter_table
 from dflash_jax.checkpoints.fill import default_dtype, fill, without_prefix
@@ -12,6 +11,7 @@ from dflash_jax.checkpoints.safetensors_file import open_folder
 from dflash_jax.checkpoints.write import SHARD_BYTES, write
 from dflash_jax.config import DrafterConfig, load_config
 from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.shapes import shapes_of
 
 
 def load_drafter(
@@ -22,7 +22,7 @@ def load_drafter(
     config = DrafterConfig.from_dict(load_config(folder))
     tensors = without_prefix(folder, open_folder(folder), PREFIXES, "fc.weight")
     dtype = default_dtype(dtype, tensors["fc.weight"])
-    model = nnx.eval_shape(lambda: Drafter(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda rngs: Drafter(config, dtype=dtype, rngs=rngs))
     return config, fill(folder, model, drafter_table(config), tensors, mesh)
 
 

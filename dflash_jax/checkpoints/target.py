@@ -4,13 +4,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dflash_jax.checkpoints.fill import default_dtype, fill, without_prefix
 from dflash_jax.checkpoints.safetensors_file import open_folder
 from dflash_jax.checkpoints.target_table import PREFIXES, target_table
 from dflash_jax.checkpoints.write import SHARD_BYTES, write
 from dflash_jax.config import TargetConfig, load_config
+from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
 
 
@@ -33,7 +33,7 @@ def load_target(
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # a copy of the embedding, which some writers store
     dtype = default_dtype(dtype, tensors["embed_tokens.weight"])
-    model = nnx.eval_shape(lambda: Target(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda rngs: Target(config, dtype=dtype, rngs=rngs))
     return config, fill(folder, model, target_table(config), tensors, mesh)
 
 

@@ -12,6 +12,7 @@ import train
 from dflash_jax.config import DrafterConfig, TargetConfig, read_json
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
 from dflash_jax.pair import check_fit
 from dflash_jax.plan import plan
@@ -45,7 +46,7 @@ def read(path: Path) -> tuple[str, bool, DrafterRun, TargetConfig, DrafterConfig
 @cache
 def weights(kind: type[Target] | type[Drafter], config: TargetConfig | DrafterConfig) -> nnx.State:
     """The parameters of a model, without values."""
-    return nnx.state(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    return nnx.state(shapes_of(lambda rngs: kind(config, rngs=rngs)))
 
 
 def test_there_is_a_recipe_for_every_model_in_both_forms():
