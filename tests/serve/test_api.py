@@ -81,7 +81,7 @@ def test_defaults_are_openais(client):
     sampled = [client.completions.create(model=MODEL, prompt=PROMPT) for _ in range(3)]
     for got in sampled:
         ended = got.choices[0].finish_reason == "stop"
-        assert got.usage.completion_tokens < 16 if ended else got.usage.completion_tokens == 16
+        assert got.usage.completion_tokens == 16 or (ended and got.usage.completion_tokens < 16)
     assert len({got.choices[0].text for got in sampled}) > 1
 
 

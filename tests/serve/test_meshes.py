@@ -14,7 +14,6 @@ from tests.ports import free_port
 from tests.serve import engines, meshes
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("children_share_programs")
 
 
 def start(*arguments, devices):

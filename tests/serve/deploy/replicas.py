@@ -15,7 +15,6 @@ import ray
 from ray import serve
 
 from serve.deploy.ray_app import ReplicaConfig, deploy
-from serve.engine import Engine
 from tests.serve import meshes
 
 COUNT, STREAMS, NEW = 60, 4, 48
@@ -80,10 +79,9 @@ def start() -> None:
 
 def main() -> None:
     folder, out, port = sys.argv[1:]
-    config = dataclasses.replace(meshes.CONFIG, grammar=False)
-    Engine(meshes.load(Path(folder)), config)  # compiles; the replicas, of which there will be three, find it on disk
     start()
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+    config = dataclasses.replace(meshes.CONFIG, grammar=False)
     serve.run(deploy(ReplicaConfig(config, f"{folder}/target", f"{folder}/drafter"), 2))
     found = asyncio.run(run(int(port)))
     serve.shutdown()
