@@ -61,8 +61,19 @@ def measure(options: Options, platform: Any) -> Iterator[dict[str, Any]]:
     chip = CHIPS.get(KINDS.get(device.device_kind, ""))
     for kernel in options.kernel or kernels():
         for case in importlib.import_module(f"pallas_kernels.{kernel}.cases").cases():
-            if re.search(options.case, case.name):
+            if re.search(options.case, case.name) and is_kernel(case, platform):
                 yield {"kernel": kernel, "device": device.device_kind, **run(case, platform, chip, options.runs)}
+
+
+def is_kernel(case: Case, platform: Any) -> bool:
+    """Whether a kernel takes the case on this platform, and not the reference."""
+    try:
+        jax.eval_shape(case.call(platform), *case.arguments)
+    except ValueError as refusal:
+        if "does not take these shapes" not in str(refusal):
+            raise
+        return False
+    return True
 
 
 def run(case: Case, platform: Any, chip: Chip | None, runs: int) -> dict[str, Any]:
@@ -123,6 +134,7 @@ def microseconds(call: Callable[..., Any], arrays: tuple[Any, ...], runs: int) -
             # Barriers: nothing may be moved out of the loop, nor may an output be computed in part.
             arrays, i = jax.lax.optimization_barrier((carry[0], i))
             out = jax.lax.optimization_barrier(call(*arrays))
+            # What is updated in place goes on from turn to turn, or it would be copied in each.
             given = {(x.shape, x.dtype): x for x in jax.tree.leaves(out)}
             kept = jax.tree.map(lambda x: given.get((x.shape, x.dtype), x) if x.size > 2**22 else x, arrays)
             return kept, sum(jnp.sum(x.ravel()[:1].astype(jnp.float32)) for x in jax.tree.leaves(out))

@@ -32,7 +32,7 @@ from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
-from dflash_jax.options import option, parser_for, read_options
+from dflash_jax.options import numbers, option, parser_for, read_options
 from dflash_jax.roofline import roofline, seconds
 from dflash_jax.sharding import make_mesh
 from dflash_jax.topology import CHIPS, KINDS, parse_topology
@@ -93,9 +93,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
     (target_graph, target_weights) = random_view(graph, weights)
     kind = jax.devices()[0].device_kind
     rows = []
-    for batch in map(int, options.batches.split(",")):
+    for batch in numbers(options.batches, "batches", int):
         plain = None
-        for width in map(int, options.widths.split(",")):
+        for width in numbers(options.widths, "widths", int):
             given = (target_graph, target_weights) if width == 1 else (graph, weights)
             found = one_round(
                 *given, target, drafter if width > 1 else None, batch, options.context, width, options.runs

@@ -4,9 +4,12 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
+
+from dflash_jax.errors import InputError
 
 T = TypeVar("T")
 
@@ -49,6 +52,17 @@ def read_options(options: type[T], values: Any) -> T:
     """The dataclass that the parsed namespace describes."""
     given = {field.name: getattr(values, field.name) for field in dataclasses.fields(options)}  # pyrefly: ignore
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def numbers(text: str, name: str, number: Callable[[str], Any]) -> list[Any]:
+    """Those of an option with commas, as in 1,4,16; `number` reads one. InputError for what are none above 0."""
+    try:
+        found = [number(part) for part in filter(None, text.split(","))]
+    except ValueError:
+        found = [-1]
+    if not all(0 < x < float("inf") for x in found):
+        raise InputError(f"{name} is {text!r}; give numbers above 0 with commas between them, as in 1,4,16")
+    return found
 
 
 def _value_type(hint: Any) -> Any:

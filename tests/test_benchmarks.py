@@ -103,8 +103,10 @@ def test_a_cut_target_is_tapped_where_it_has_layers(sizes, layers, taps):
     assert (target.num_layers, drafter.tap_ids, drafter.block_size) == (layers or 4, taps, 3)
 
 
-def test_rounds_refuse_a_folder_that_is_none(sizes, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["rounds", "--target", "nowhere"])
+@pytest.mark.parametrize("change", [{"target": "nowhere"}, {"batches": "a"}, {"widths": "1,0"}])
+def test_rounds_refuse_what_cannot_be(sizes, capsys, monkeypatch, change):
+    given = [f"--{name}={value}" for name, value in (sizes | change).items()]
+    monkeypatch.setattr("sys.argv", ["rounds", *given])
     assert rounds.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -127,6 +129,12 @@ def test_a_full_cache_is_what_attention_is_timed_with():
     assert lengths.tolist() == [1024 - 16]
     assert sorted(table.ravel().tolist()) == list(range(len(keys)))
     assert np.std(np.asarray(keys, np.float32)) == pytest.approx(1, rel=0.01)
+
+
+def test_what_runs_the_reference_is_not_timed_as_a_kernel():
+    taken = case("gated_delta", "35B-A3B, batch 1, W 16"), case("head_sampling", "greedy, batch 1, W 16")
+    left = case("gated_delta", "35B-A3B, batch 1, W 16, tree"), case("head_sampling", "top-k, batch 1, W 16")
+    assert [kernels.is_kernel(c, "gpu") for c in (*taken, *left)] == [True, True, False, False]
 
 
 def test_a_wrong_kernel_is_a_failure(monkeypatch):

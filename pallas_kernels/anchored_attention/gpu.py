@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import hopper
 from pallas_kernels.anchored_attention.bounds import bounds
 from pallas_kernels.anchored_attention.chunked import gradients
 from pallas_kernels.anchored_attention.reference import HIDDEN
@@ -92,7 +93,6 @@ def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, causal, window, sca
         _kernel, rows=W, real_rows=real_rows, length=T, group=N // K, tile=tile, steps=steps, causal=causal,
         window=window, scale=scale, interpreted=interpret is not None,
     )  # fmt: skip
-    layout = {"transforms": (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))}
     out = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((B, steps * 2 * ROWS, N, H), q.dtype),
@@ -101,9 +101,9 @@ def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, causal, window, sca
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((2, ROWS, H), q.dtype, **layout),
-            plgpu.SMEM((STAGES, tile, H), q.dtype, **layout),
-            plgpu.SMEM((STAGES, tile, H), q.dtype, **layout),
+            hopper.swizzled((2, ROWS, H), q.dtype),
+            hopper.swizzled((STAGES, tile, H), q.dtype),
+            hopper.swizzled((STAGES, tile, H), q.dtype),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(num_barriers=STAGES),
@@ -243,7 +243,7 @@ def _scores(q: Any, keys: Any, interpreted: bool) -> Array:
         plgpu.wgmma(ref, q, keys.transpose((1, 0)))
         return ref[...]
 
-    return pl.run_scoped(product, plgpu.ACC((q.shape[0], keys.shape[0]), jnp.float32))
+    return hopper.accumulated(product, (q.shape[0], keys.shape[0]))
 
 
 def _add_product(acc: Array, weights: Array, values: Any, interpreted: bool) -> Any:

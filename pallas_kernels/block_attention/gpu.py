@@ -266,7 +266,7 @@ def multiply(x: Any, y: Any, columns: int, turned: bool) -> Array:
         plgpu.wgmma(ref, x, y.transpose((1, 0)) if turned else y)
         return ref[...]
 
-    return pl.run_scoped(product, plgpu.ACC((TILE, columns), jnp.float32))
+    return hopper.accumulated(product, (TILE, columns))
 
 
 def softmax_step(

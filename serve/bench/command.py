@@ -4,13 +4,14 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dflash_jax import pair as pairs
 from dflash_jax.errors import InputError
+from dflash_jax.options import numbers
 from dflash_jax.pair import Pair
 from serve.bench.figures import Figures, figures
 from serve.bench.load import Load, Traces
@@ -26,8 +27,8 @@ def bench(options: BenchOptions) -> int:
     """Measure, and print a table or a JSON object. The exit status is 1 where greedy outputs differ."""
     from rich.console import Console
 
-    loads = [Load(streams=n) for n in _numbers(options.concurrency, "concurrency", int)]
-    loads += [Load(rate=r) for r in _numbers(options.rates, "rates", float)]
+    loads = [Load(streams=n) for n in numbers(options.concurrency, "concurrency", int)]
+    loads += [Load(rate=r) for r in numbers(options.rates, "rates", float)]
     if not loads:
         raise InputError("there is no load; give --concurrency 1,4,16 or --rates 2,8")
     if options.requests < 1 or options.runs < 1:
@@ -58,16 +59,6 @@ def bench(options: BenchOptions) -> int:
     if not same and not options.temperature:
         print("dflash: outputs differ between ways of decoding", file=sys.stderr)
     return 0 if same or options.temperature else 1
-
-
-def _numbers(text: str, name: str, number: Callable[[str], Any]) -> list[Any]:
-    try:
-        found = [number(part) for part in filter(None, text.split(","))]
-    except ValueError:
-        found = [-1]
-    if not all(0 < x < float("inf") for x in found):
-        raise InputError(f"{name} is {text!r}; give numbers above 0 with commas between them, as in 1,4,16")
-    return found
 
 
 def check_ways(engine: Engine, text: str) -> dict[str, int | None]:
