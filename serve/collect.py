@@ -52,7 +52,7 @@ class Collector:
         rounds = 1 if plan.grammar else self.config.sizes.rounds
         said = [news_of(news[place], rounds, rounds * plan.width, plan.settings.logprobs) for place in batch.places]
         self._learn(batch, [entry.counts for entry in said], seconds)
-        expected = (1 if plan.leave else plan.rounds), plan.rounds * plan.width
+        expected = 1, plan.rounds * plan.width
         for r, entry in zip(batch.rows, said, strict=True):
             if not r.done:
                 self._take(r, entry, expected=expected, width=plan.width)

@@ -46,7 +46,8 @@ class EngineConfig:
     widths: tuple[int, ...] | None = None  # rows of a round; None: 1, half a block, a block
     adaptive: bool = True  # False: always the widest
     rounds: int = 8  # most rounds a dispatch
-    rounds_while_filling: int = 2  # while prompts wait for their turn between dispatches
+    rounds_while_filling: int = 2  # while more prompts wait than have had their turn
+    passes: int = 4  # most over prompts between two dispatches of rounds
     prefill: tuple[tuple[int, int], ...] | None = None  # (prompts, tokens of each) a pass; None: see `PREFILL`
     plans: tuple[SamplingPlan, ...] = (GREEDY, DRAWN, EVERYTHING)  # a dispatch takes the first that does for all
     logprobs: int = 0  # most likely tokens that a request may ask to be named beside each of its own; 0: no logprobs
@@ -63,7 +64,6 @@ class Plan:
     width: int
     draft: bool  # False: the drafter's cache is not kept up
     rounds: int
-    leave: bool  # stop as soon as a request ends, since others wait
     load: Hashable  # what the costs of this kind of dispatch are known under
     grammar: bool = False  # one round, between whose draft and check the host says what may come
 
@@ -81,6 +81,7 @@ class Resolved:
     widths: tuple[int, ...]
     adaptive: bool
     rounds_while_filling: int
+    passes: int
     prefill: tuple[tuple[int, int], ...]
     plans: tuple[SamplingPlan, ...]
     prefix_cache: bool
@@ -99,7 +100,7 @@ class Resolved:
         that nobody told of a grammar keep to it.
         """
         width, draft = self.modes[-1]
-        return Plan(bucket, self.everything, width, draft, 1, False, ("grammar", bucket), grammar=True)
+        return Plan(bucket, self.everything, width, draft, 1, ("grammar", bucket), grammar=True)
 
     def plan_for(self, needs: Iterable[SamplingPlan]) -> SamplingPlan:
         """The cheapest compiled plan that does for all of some requests."""
@@ -140,7 +141,7 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     kind: Any = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     page_size = PAGE[kind] if c.page_size is None else c.page_size
     prefill = PREFILL[kind] if c.prefill is None else c.prefill
-    counts = {name: getattr(c, name) for name in ("slots", "rounds", "rounds_while_filling")}
+    counts = {name: getattr(c, name) for name in ("slots", "rounds", "rounds_while_filling", "passes")}
     for name, value in (counts | {"page_size": page_size}).items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise InputError(f"{name} is {value!r}; give a whole number of at least 1")
@@ -172,7 +173,7 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     if sizes.pages < least + 1:
         raise InputError(f"there are {sizes.pages} pages of {page_size}; give at least {least + 1}: max_length and one")
     made = Resolved(
-        sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling,
+        sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling, c.passes,
         tuple(sorted(prefill, key=lambda s: s[1])), plans, c.prefix_cache, c.max_requests, c.logprobs,
     )  # fmt: skip
     if not c.logprobs:

@@ -53,6 +53,7 @@ class Dispatcher:
         self.controller, self.stats = controller, stats
         drafter = programs.pair.drafter
         self._drafts = drafter is not None and len(config.widths) > 1
+        self._passes = 0  # over prompts, since the last rounds
         self._longest = 0 if drafter is None else drafter.config.max_position
 
     @property
@@ -69,6 +70,8 @@ class Dispatcher:
         if (prefill := self.scheduler.chunks(self.config.prefill)) is not None:
             flight.chunks = prefill[1]
             flight.first = self.programs.prefill(*prefill)
+            if self._filling():
+                return flight
         more = more or bool(flight.chunks)
         masked = self._reserve(self._masked_rows, self._masked_plans, more)
         drafted = None if masked is None else self.programs.propose(masked.rows, masked.plan)
@@ -80,6 +83,14 @@ class Dispatcher:
         if masked is not None and drafted is not None:
             flight.batches.append(self._started(masked, drafted.places, self._check(masked, drafted)))
         return flight if flight.chunks or flight.batches else None
+
+    def _filling(self) -> bool:
+        """Whether more prompts come before the next rounds: these cost the same, however few of the slots decode."""
+        self._passes += 1
+        more = self._passes < self.config.passes and any(r.waits_for_prefill for r in self.scheduler.running)
+        if not more:
+            self._passes = 0
+        return more
 
     def _reserve(
         self, rows_now: Callable[[], list[Running]], plans: Callable[[list[Running]], tuple[Plan, ...]], more: bool
@@ -98,7 +109,7 @@ class Dispatcher:
     def _started(self, reserved: Reserved, places: list[int], news: jax.Array) -> Batch:
         plan = reserved.plan
         for r in reserved.rows:
-            r.least += 1 if plan.leave else plan.rounds
+            r.least += 1
             r.most += plan.rounds * plan.width
             if not plan.draft and r.cold is None:
                 r.cold = len(r.tokens) - 1
@@ -138,8 +149,8 @@ class Dispatcher:
         share = sum(self._can_draft(r) for r in rows) / len(rows)
         width, trial = self.controller.choose(load, share)
         plain = width == 1 and (share == 0 or self.controller.settled(load))
-        rounds, leave = min(rounds, 2) if trial else rounds, bool(self.scheduler.waiting)
-        plan = Plan(bucket, settings, width, self._drafts and not plain, rounds, leave, load)
+        rounds = min(rounds, 2) if trial else rounds
+        plan = Plan(bucket, settings, width, self._drafts and not plain, rounds, load)
         return plan, plan.of(rounds=1)
 
     def _can_draft(self, r: Running) -> bool:

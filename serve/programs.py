@@ -146,7 +146,7 @@ class Programs:
             steps.run_rounds.lower(*call.args, **call.keywords).compile()
 
     def _rounds(self, slots: np.ndarray, plan: Plan, deltas: Sequence[tuple[int, int, int]]) -> partial[Any]:
-        order = np.concatenate([slots, [plan.rounds, plan.leave], self._changes(deltas)]).astype(np.int32)
+        order = np.concatenate([slots, [plan.rounds], self._changes(deltas)]).astype(np.int32)
         split = self.pair.split if plan.draft else self.pair.split_target
         return partial(
             steps.run_rounds, *split, self.state, order, bucket=plan.bucket, sizes=self.sizes, width=plan.width,

@@ -51,21 +51,20 @@ def run_rounds(
     plan: SamplingPlan,
     draft: bool,
 ) -> tuple[Slots, Int[Array, "B n"]]:
-    """Rounds of some slots in one dispatch, and the news of them.
+    """Rounds of some slots in one dispatch, up to the one in which a request ends, and the news of them.
 
-    `order` is one array, so that the host sends one: the slots (past the last: none), how many rounds, whether to stop
-    as soon as a request has ended, and new pages as (slot, entry of its table, page).
+    `order` is one array, so that the host sends one: the slots (past the last: none), how many rounds at most, and new
+    pages as (slot, entry of its table, page).
     """
     target, drafter = nnx.merge(graph, weights)
-    slots, (rounds, leave), deltas = order[:bucket], order[bucket : bucket + 2], order[bucket + 2 :]
+    slots, rounds, deltas = order[:bucket], order[bucket], order[bucket + 1 :]
     state = with_pages(state, deltas)
     part, sampling, there = taken(state, slots, plan, width, sizes.rounds, draft, bucket == sizes.slots)
     before, ended = part.known, part.finished
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         done, now = carry
-        left = (leave > 0) & jnp.any(now.finished & ~ended)
-        return (done < rounds) & ~jnp.all(now.finished) & ~left
+        return (done < rounds) & ~jnp.all(now.finished) & ~jnp.any(now.finished & ~ended)
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         return carry[0] + 1, decode_round(target, drafter if draft else None, carry[1], sampling, width)

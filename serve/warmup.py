@@ -69,7 +69,7 @@ def idle_rounds(config: Resolved) -> Iterator[Plan]:
     for bucket in config.buckets:
         for settings in config.plans:
             for width, draft in config.modes:
-                yield Plan(bucket, settings, width, draft, 1, False, 0)
+                yield Plan(bucket, settings, width, draft, 1, 0)
 
 
 def _others(programs: Programs) -> Iterator[Callable[[], Any]]:
@@ -99,7 +99,7 @@ def _costs(programs: Programs, bucket: int) -> dict[int, float]:
     for width, draft in config.modes:
         if (width, True) in config.modes and not draft:
             continue
-        plan = Plan(bucket, config.plans[0], width, draft, TIMED_ROUNDS, False, 0)
+        plan = Plan(bucket, config.plans[0], width, draft, TIMED_ROUNDS, 0)
         times = []
         for _ in range(TIMED_RUNS):
             programs.state = jax.block_until_ready(_begun(programs.state))

@@ -57,11 +57,13 @@ class Batch:
 
 
 def plan(lengths: Sequence[int], config: RegenerateConfig, width: int) -> list[Batch]:
-    """All prompts that are not too long, those of similar length together, so that few shapes are compiled."""
-    groups: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        if length <= config.longest:
-            groups.setdefault(capacity(length + config.response + width), []).append(i)
+    """All prompts that are not too long: those of similar length together, so that few shapes are compiled and little
+    padding is read, and the greedy apart from the drawn, so that noise for the vocabulary is made where it is used."""
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if lengths[i] <= config.longest:
+            size = capacity(lengths[i] + config.response + width)
+            groups.setdefault((size, is_sampled(config, i)), []).append(i)
     return [
         Batch(ids[first : first + config.batch])
         for _, ids in sorted(groups.items())

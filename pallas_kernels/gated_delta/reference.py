@@ -13,6 +13,7 @@ u_j depends on row j's ancestors only, so any path can be committed afterwards w
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,9 @@ def gated_delta_block(
     window = _window(tail, mixed, taps.shape[0], parents)
     q, k, v = _convolved(window, taps, *state.shape[1:3])
     beta, g = _gates(b, a, A_log, dt_bias)
-    out, u, decay = _delta_rule(state, q, k, v, beta, g, None if parents is None else ancestors(parents))
-    left = Rows(k=k.astype(pending.k.dtype), u=u.astype(pending.u.dtype), decay=decay)
+    solved = _solve(q, k, beta, g, None if parents is None else ancestors(parents))
+    out, u = _delta_rule(state, q, k, v, beta, solved)
+    left = Rows(k=k.astype(pending.k.dtype), u=u.astype(pending.u.dtype), decay=solved.decay)
     return out.swapaxes(1, 2).astype(mixed.dtype), state, left
 
 
@@ -59,7 +61,7 @@ def gated_delta_prefill(
     count: Int[Array, "B"],
     documents: Int[Array, "B T"] | None = None,
     *,
-    chunk: int = 16,
+    chunk: int = 32,
 ) -> tuple[Float[Array, "B T Hv Dv"], Float[Array, "B Hv Dk Dv"]]:
     """Outputs of T rows, the first `count[b]` of them real, and the state after those, chunk after chunk."""
     T = mixed.shape[1]
@@ -78,19 +80,20 @@ def gated_delta_prefill(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
         return jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
 
-    def step(state: Array, given: tuple[tuple[Array, ...], Array | None]) -> tuple[Array, Array]:
-        rows, of = given
-        path, carried = (None, None) if of is None else _within(of)
-        q, k, v, beta, g = rows
-        out, u, decay = _delta_rule(state, q, k, v, beta, g, path, carried)
+    def step(state: Array, given: tuple[tuple[Array, ...], _Solved, Any]) -> tuple[Array, Array]:
+        (q, k, v, beta), solved, of = given
+        path, carried = (None, None) if of is None else of
+        out, u = _delta_rule(state, q, k, v, beta, solved, carried)
         if path is None or carried is None:
-            left = Rows(k=k, u=u, decay=decay).commit(jnp.full(state.shape[0], chunk))
+            left = Rows(k=k, u=u, decay=solved.decay).commit(jnp.full(state.shape[0], chunk))
         else:
-            left = _last_document(k, u, decay, path[:, -1], carried[:, -1])
+            left = _last_document(k, u, solved.decay, path[:, -1], carried[:, -1])
         return fold(state, left), out
 
-    of = None if documents is None else _with_previous(documents, chunk)
-    state, out = jax.lax.scan(step, fold(state, pending), (tuple(map(chunks, (q, k, v, beta, g))), of))
+    q, k, v, beta, g = map(chunks, (q, k, v, beta, g))
+    of = None if documents is None else _within(_with_previous(documents, chunk))
+    solved = _solve(q, k, beta, g, None if of is None else of[0])  # of all chunks at once
+    state, out = jax.lax.scan(step, fold(state, pending), ((q, k, v, beta), solved, of))
     out = jnp.moveaxis(out, 0, 2)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :T]
     return out.swapaxes(1, 2).astype(mixed.dtype), state
@@ -103,10 +106,11 @@ def _with_previous(documents: Int[Array, "B T"], chunk: int) -> Int[Array, "n B 
     return numbers[:, at].swapaxes(0, 1)
 
 
-def _within(numbers: Int[Array, "B 1+chunk"]) -> tuple[Bool[Array, "B W W"], Bool[Array, "B W"]]:
-    """Of a chunk's rows: which rows before it a row's document holds, and whether the state is of its document."""
-    own = numbers[:, 1:]
-    return (own[:, :, None] == own[:, None]) & jnp.tri(own.shape[1], dtype=bool), own == numbers[:, :1]
+def _within(numbers: Int[Array, "n B 1+chunk"]) -> tuple[Bool[Array, "n B W W"], Bool[Array, "n B W"]]:
+    """Of chunks' rows: which rows before it a row's document holds, and whether the state is of its document."""
+    own = numbers[..., 1:]
+    same = own[..., :, None] == own[..., None, :]
+    return same & jnp.tri(own.shape[-1], dtype=bool), own == numbers[..., :1]
 
 
 def _last_document(
@@ -184,36 +188,54 @@ def _unit_lower_inverse(a: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
     return inverse
 
 
+class _Solved(NamedTuple):
+    """What rows are to each other, whatever the state before them."""
+
+    inverse: Float[Array, "... Hv W W"] | None  # of I + A; None for one row
+    mixing: Float[Array, "... Hv W W"]  # decay * Q K^T
+    decay: Float[Array, "... Hv W"]  # G
+
+
+def _solve(
+    q: Float[Array, "... Hk W Dk"],
+    k: Float[Array, "... Hk W Dk"],
+    beta: Float[Array, "... Hv W"],
+    g: Float[Array, "... Hv W"],
+    path: Bool[Array, "... W W"] | None = None,
+) -> _Solved:
+    """Of W rows; `path` marks a row and its ancestors, or all rows before it if None."""
+    W, r = q.shape[-2], beta.shape[-2] // q.shape[-3]
+    inner = _product(jnp.concatenate([k, q], axis=-2), k.swapaxes(-1, -2))
+    inner = jnp.repeat(inner, r, axis=-3)  # [... Hv 2W W]
+    decay = jnp.cumsum(g, -1) if path is None else _product(g, path.astype(jnp.float32).swapaxes(-1, -2))
+    if W == 1:
+        return _Solved(None, inner[..., 1:, :], decay)
+    lower = jnp.tril(jnp.ones((W, W), bool)) if path is None else path[..., None, :, :]
+    gap = decay[..., :, None] - decay[..., None, :]
+    between = jnp.where(lower, jnp.exp(jnp.where(lower, gap, 0.0)), 0.0)
+    strict = beta[..., None] * jnp.where(jnp.eye(W, dtype=bool), 0.0, between) * inner[..., :W, :]
+    return _Solved(_unit_lower_inverse(strict), between * inner[..., W:, :], decay)
+
+
 def _delta_rule(
     state: Float[Array, "B Hv Dk Dv"],
     q: Float[Array, "B Hk W Dk"],
     k: Float[Array, "B Hk W Dk"],
     v: Float[Array, "B Hv W Dv"],
     beta: Float[Array, "B Hv W"],
-    g: Float[Array, "B Hv W"],
-    path: Bool[Array, "B W W"] | None = None,
+    solved: _Solved,
     carried: Bool[Array, "B W"] | None = None,
-) -> tuple[Float[Array, "B Hv W Dv"], Float[Array, "B Hv W Dv"], Float[Array, "B Hv W"]]:
-    """Outputs, u and G of W rows from `state`; `path` marks a row and its ancestors, or all rows before it if None.
-
-    Rows that are not `carried` begin from an empty state.
-    """
+) -> tuple[Float[Array, "B Hv W Dv"], Float[Array, "B Hv W Dv"]]:
+    """Outputs and u of W rows from `state`. Rows that are not `carried` begin from an empty state."""
     W, r = q.shape[2], v.shape[1] // q.shape[1]
-    kq = jnp.concatenate([k, q], axis=2)
-    inner = jnp.repeat(_product(kq, k.swapaxes(-1, -2)), r, axis=1)  # [B Hv 2W W]
-    from_state = _product(jnp.repeat(kq, r, axis=1), state)  # [B Hv 2W Dv]
-    decay = jnp.cumsum(g, -1) if path is None else _product(g, path.astype(jnp.float32).swapaxes(-1, -2))
-    grown = jnp.exp(decay)[..., None]
+    from_state = _product(jnp.repeat(jnp.concatenate([k, q], axis=2), r, axis=1), state)  # [B Hv 2W Dv]
+    grown = jnp.exp(solved.decay)[..., None]
     if carried is not None:
         grown = jnp.where(carried[:, None, :, None], grown, 0.0)
     u = beta[..., None] * (v - grown * from_state[:, :, :W])
-    if W > 1:
-        lower = jnp.tril(jnp.ones((W, W), bool)) if path is None else path[:, None]
-        gap = decay[..., :, None] - decay[..., None, :]
-        between = jnp.where(lower, jnp.exp(jnp.where(lower, gap, 0.0)), 0.0)
-        strict = beta[..., None] * jnp.where(jnp.eye(W, dtype=bool), 0.0, between) * inner[:, :, :W]
-        u = _product(_unit_lower_inverse(strict), u)
-        mixed = _product(between * inner[:, :, W:], u)
+    if solved.inverse is None:
+        mixed = solved.mixing * u
     else:
-        mixed = inner[:, :, W:] * u
-    return grown * from_state[:, :, W:] + mixed, u, decay
+        u = _product(solved.inverse, u)
+        mixed = _product(solved.mixing, u)
+    return grown * from_state[:, :, W:] + mixed, u

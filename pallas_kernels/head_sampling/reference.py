@@ -4,6 +4,7 @@ Notation: R rows, D model, V vocabulary (or this device's shard of it), S slots,
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, Float32, Int32, UInt32
 from pallas_kernels.head_sampling.noise import gumbel
 
 Layout = Literal["dv", "vd"]  # an lm_head, or a table of embeddings
+PARTS = 64  # of a table of embeddings, for more than one row up to `FEW`; divides the vocabularies of most models
+FEW = 96
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,29 @@ def logits(
     projection: Projection, hidden: Float[Array, "... D"], weight: Float[Array, "_ _"]
 ) -> Float32[Array, "... V"]:
     """The logits in fp32, whole."""
-    equation = "...d,dv->...v" if projection.layout == "dv" else "...d,vd->...v"
-    products = jnp.einsum(equation, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    weight = weight.astype(hidden.dtype)
+    if projection.layout == "dv":
+        products = _product("...d,dv->...v", hidden, weight)
+    elif not 1 < hidden.size // hidden.shape[-1] <= FEW or weight.shape[0] % PARTS:
+        products = _product("...d,vd->...v", hidden, weight)
+    else:
+        whole = partial(_product, "...d,vd->...v")
+        products = jax.lax.platform_dependent(hidden, weight, cpu=_in_parts, default=whole)
     return projection.finish(products)
+
+
+def _in_parts(hidden: Array, weight: Array) -> Array:
+    """The product with a table of embeddings, as one of many small matrices.
+
+    XLA's product of a few rows and a large [V, D] on the CPU takes 110 ms where this takes 17 (6 rows, 49152 x 576).
+    """
+    table = weight.reshape(PARTS, -1, weight.shape[1])
+    products = _product("...d,pvd->p...v", hidden, table)
+    return jnp.moveaxis(products, 0, -2).reshape(*hidden.shape[:-1], -1)
+
+
+def _product(equation: str, hidden: Array, weight: Array) -> Array:
+    return jnp.einsum(equation, hidden, weight, preferred_element_type=jnp.float32)
 
 
 def best(scores: Float32[Array, "*N V"], ids: Int32[Array, "*#N V"] | None = None) -> Int32[Array, "*N"]:

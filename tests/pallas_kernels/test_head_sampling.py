@@ -57,6 +57,18 @@ def test_reference_equals_float64(case):
         assert not np.any(np.asarray(found.drawn_ids) == np.asarray([[-9]] if wanted is None else wanted))
 
 
+@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (3, 2, 24), (reference.FEW, 24), (reference.FEW + 1, 24)])
+@pytest.mark.parametrize("vocab", [3 * reference.PARTS, 3 * reference.PARTS + 1])
+def test_a_table_in_parts_gives_the_same_logits(shape, vocab):
+    rng = np.random.default_rng(0)
+    hidden, table = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (shape, (vocab, 24)))
+    call = jax.jit(partial(reference.logits, Projection("vd")))
+    np.testing.assert_allclose(call(hidden, table), np.asarray(hidden) @ np.asarray(table).T, rtol=1e-5, atol=1e-5)
+    parts = f"[{reference.PARTS},3,24]"
+    few = 1 < np.prod(shape[:-1]) <= reference.FEW and vocab % reference.PARTS == 0
+    assert (parts in str(jax.make_jaxpr(call)(hidden, table))) == few
+
+
 def test_noise_is_that_of_jax():
     """The numbers of a seed are a promise: a request may be repeated after an update."""
     for key in KEYS:

@@ -1,6 +1,7 @@
 """Requests get what `generate` gives them alone; nothing is compiled later; the host waits once a dispatch."""
 
 import logging
+import re
 
 import jax
 import pytest
@@ -82,6 +83,29 @@ def test_a_dispatch_is_made_before_the_news_of_the_one_before_are_read(engine, m
     assert "dcdcdcdc" in text
     ahead = [text[:i].count("d") - text[:i].count("c") for i in range(2, len(text) - 3)]
     assert sum(n == 2 for n in ahead) >= len(ahead) // 3, text
+
+
+def test_prompts_come_before_rounds_but_not_for_long(engine, monkeypatch):
+    """All slots are filled before they decode; a prompt of many passes lets the others have rounds in between."""
+    events, prefill, rounds = [], engine.programs.prefill, engine.programs.rounds
+    monkeypatch.setattr(engine.programs, "prefill", lambda *a: events.append("p") or prefill(*a))
+    monkeypatch.setattr(engine.programs, "rounds", lambda rows, *a: events.append(str(len(rows))) or rounds(rows, *a))
+    engines.run(engine, [Request(p, max_new_tokens=30) for p in pairs.prompts([12, 13, 14], seed=31)])
+    assert re.fullmatch("ppp+3[0-9]*", "".join(events)), events
+    events.clear()
+    engines.run(engine, [Request(p, max_new_tokens=30) for p in pairs.prompts([9, 90], seed=32)])
+    text = "".join(events)
+    assert re.match("pppp1p+[12]", text), text
+    assert max(map(len, re.findall("p+", text))) == engines.SMALL.passes
+
+
+def test_a_dispatch_ends_with_the_first_request_that_does(engine, monkeypatch):
+    """So that another can have its place."""
+    done, saw = [], engine.stats.saw_rounds
+    monkeypatch.setattr(engine.stats, "saw_rounds", lambda *a: done.append(a[-1]) or saw(*a))
+    engines.run(engine, [Request(p, max_new_tokens=n) for p, n in zip(pairs.prompts([4, 5]), (2, 40), strict=True)])
+    assert done[0] == 1
+    assert engines.SMALL.rounds in done
 
 
 def test_page_tables_get_new_pages_only(engine, monkeypatch):

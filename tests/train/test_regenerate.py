@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tests.train import tiny
 from tests.train.small import SMALL
 from train import regenerate as module
 from train.processes import Share
-from train.regenerate import RegenerateConfig, plan, regenerate
+from train.regenerate import RegenerateConfig, is_sampled, plan, regenerate
 
 VOCAB, END, MASK = 24, 0, 1
 CONFIG = RegenerateConfig(longest=12, response=7, sampled=0.5, batch=4)
@@ -143,6 +144,9 @@ def test_prompts_that_need_the_same_shapes_are_decoded_together():
     assert all(len(shape) == 1 for shape in shapes)
     assert len(set().union(*shapes)) == len({capacity(x + 508) for x in lengths if x <= 3000})
     assert all(len(batch.ids) <= 16 for batch in batches)
+    assert all(len({is_sampled(config, i) for i in batch.ids}) == 1 for batch in batches)
+    assert {is_sampled(config, batch.ids[0]) for batch in batches} == {False, True}
+    assert all(lengths[a] <= lengths[b] for batch in batches for a, b in pairwise(batch.ids))
 
 
 def test_a_folder_of_other_responses_is_refused(pair, whole):
