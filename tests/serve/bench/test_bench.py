@@ -3,8 +3,10 @@
 import gzip
 import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from dflash_jax.decoding.output import Generation
 from dflash_jax.errors import InputError
@@ -77,6 +79,9 @@ def test_measuring_takes_turns_and_leaves_nothing(engine, tmp_path):
     report.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert report.table(rows, "").row_count == 4
+    Console(width=80, file=(shown := StringIO())).print(report.table(rows, "a caption"))
+    assert "500 requests/s" in shown.getvalue()
+    assert "…" not in shown.getvalue()
 
 
 @pytest.mark.parametrize(
