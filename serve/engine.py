@@ -1,8 +1,8 @@
 """The engine: many requests, one pair, and a host that is never waited for.
 
-A step of the loop takes in what was submitted and cancelled, dispatches a chunk of prompts and some rounds of all that
-decode, and only then reads the news of the dispatch before. So the device has always something to do while the host
-turns tokens into text; and the host reads from the device once a dispatch, not once a token. Only requests with a
+A step of the loop takes in what was submitted and cancelled, dispatches a chunk of prompts, or some rounds of all that
+decode, or both, and only then reads the news of the dispatch before. So the device has always something to do while the
+host turns tokens into text; and the host reads from the device once a dispatch, not once a token. Only requests with a
 grammar need the host in every round.
 """
 

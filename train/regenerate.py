@@ -57,8 +57,10 @@ class Batch:
 
 
 def plan(lengths: Sequence[int], config: RegenerateConfig, width: int) -> list[Batch]:
-    """All prompts that are not too long: those of similar length together, so that few shapes are compiled and little
-    padding is read, and the greedy apart from the drawn, so that noise for the vocabulary is made where it is used."""
+    """All prompts that are not too long, those of similar length together: few shapes, and little padding.
+
+    Greedy ones stay apart from drawn ones, so that noise for the vocabulary is made only where it is used.
+    """
     groups: dict[tuple[int, bool], list[int]] = {}
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if lengths[i] <= config.longest:
