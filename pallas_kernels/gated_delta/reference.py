@@ -61,7 +61,7 @@ def gated_delta_prefill(
     count: Int[Array, "B"],
     documents: Int[Array, "B T"] | None = None,
     *,
-    chunk: int = 32,
+    chunk: int = 16,
 ) -> tuple[Float[Array, "B T Hv Dv"], Float[Array, "B Hv Dk Dv"]]:
     """Outputs of T rows, the first `count[b]` of them real, and the state after those, chunk after chunk."""
     T = mixed.shape[1]
