@@ -1,5 +1,6 @@
 """One small engine for all tests: programs are compiled once a process."""
 
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -78,6 +79,15 @@ def check(engine: Engine) -> None:
     """No page is lost, and none is held by nobody."""
     s = engine.scheduler
     s.pages.check(s.held(), [] if s.prefix is None else [node.page for node in s.prefix.nodes()])
+
+
+def wait_idle(engine: Engine) -> None:
+    """Until its thread has nothing left of any request, the last dispatch included; fails if it has after a while."""
+    until = time.monotonic() + 30
+    while engine.stats.unfinished or engine._flights:
+        assert time.monotonic() < until, "requests are left behind"
+        time.sleep(0.02)
+    check_idle(engine)
 
 
 def check_idle(engine: Engine) -> None:

@@ -82,11 +82,7 @@ class Served:
 
     def wait_idle(self) -> None:
         """Until nothing is left of any request; fails if something is after a while."""
-        until = time.monotonic() + 30
-        while self.engine.stats.unfinished or self.engine._flights:
-            assert time.monotonic() < until, "requests are left behind"
-            time.sleep(0.02)
-        engines.check_idle(self.engine)
+        engines.wait_idle(self.engine)
 
 
 def make_engine(folder: Path) -> Engine:
