@@ -8,7 +8,7 @@ JOBS ?= 2
 # The torch models that tests compare with are tiny: more threads make them slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-short browser lint format bench bench-torch aot plan-docs recipe-docs embedded clean
+.PHONY: help demo test test-short browser lint format bench bench-torch aot aot-sample plan-docs recipe-docs embedded clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
 
@@ -39,6 +39,10 @@ bench-torch: $(VENV)/.installed-test  ## the README's figures against PyTorch
 
 aot: $(VENVAOT)/.installed  ## compile every kernel, and a small model's round, for TPUs and GPUs; writes docs/kernels.md
 	$(VENVAOT)/bin/python -m benchmarks.aot
+	$(VENVAOT)/bin/python -m pytest -n $(JOBS) tests/test_topology.py tests/test_plan.py
+
+aot-sample: $(VENVAOT)/.installed  ## the same with each kernel's case compiled for one chip only, in turn: minutes, not an hour
+	$(VENVAOT)/bin/python -m benchmarks.aot --sample
 	$(VENVAOT)/bin/python -m pytest -n $(JOBS) tests/test_topology.py tests/test_plan.py
 
 plan-docs: $(VENVAOT)/.installed  ## plan Qwen3.5-397B-A17B for three topologies; writes docs/plan.md (an hour)

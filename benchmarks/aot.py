@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,18 @@ def main() -> int:
     arguments.add_argument("--kernel", action="append", help="only this one, and no document; may be repeated")
     arguments.add_argument("--topology", action="append", help="only this one, and no document; may be repeated")
     arguments.add_argument("--keep", action="store_true", help="go on from docs/kernels.json, what was compiled before")
+    arguments.add_argument("--sample", action="store_true", help="each case for one chip only, in turn, and no document")
     given = arguments.parse_args()
     for name in given.topology or TOPOLOGIES:
         require_compiler(parse_topology(name).chip)
     jobs = [(kernel, name) for kernel in given.kernel or kernels() for name in given.topology or TOPOLOGIES]
     start = time.perf_counter()
-    whole = not given.kernel and not given.topology
+    whole = not given.kernel and not given.topology and not given.sample
     results = stored() if given.keep else []
     there = {(r.folder, r.topology) for r in results}
     jobs = [job for job in jobs if job not in there]
     with multiprocessing.get_context("spawn").Pool(PROCESSES, maxtasksperchild=1) as pool:
-        for (kernel, name), found, seconds in pool.imap_unordered(compile_all, jobs):
+        for (kernel, name), found, seconds in pool.imap_unordered(partial(compile_all, sample=given.sample), jobs):
             own = sum(result.kernel for result in found)
             print(f"{kernel} for {name}: {len(found)} cases, {own} as a kernel, {seconds:.0f} s", flush=True)
             results += found
@@ -95,17 +97,22 @@ def kernels() -> list[str]:
     return [name for name in folders if (base / name / "cases.py").is_file()]
 
 
-def compile_all(job: tuple[str, str]) -> tuple[tuple[str, str], list[Result], float]:
-    """The cases of a kernel for a chip, in a process of its own."""
+def compile_all(job: tuple[str, str], sample: bool = False) -> tuple[tuple[str, str], list[Result], float]:
+    """The cases of a kernel for a chip, or its share of them, in a process of its own."""
     prepare()
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
     kernel, name = job
     start = time.perf_counter()
     topology = parse_topology(name)
-    cases = importlib.import_module(f"pallas_kernels.{kernel}.cases").cases()
+    cases = list(importlib.import_module(f"pallas_kernels.{kernel}.cases").cases())
     device = topology.devices()[0]
-    found = [compile_case(kernel, case, topology, device) for case in cases]
+    found = [compile_case(kernel, case, topology, device) for case in (share(cases, name) if sample else cases)]
     return job, found, time.perf_counter() - start
+
+
+def share(cases: list[Any], topology: str) -> list[Any]:
+    """What a sample compiles for a chip; all chips together have each case once."""
+    return cases[TOPOLOGIES.index(topology) :: len(TOPOLOGIES)]
 
 
 def compile_case(folder: str, case: Any, topology: Topology, device: Any) -> Result:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.aot import Result, bound, compile_case, document, failures, kernels
+from benchmarks.aot import TOPOLOGIES, Result, bound, compile_case, document, failures, kernels, share
 from dflash_jax.topology import CHIPS, has_compiler, parse_topology
 from pallas_kernels.case import Case
 
@@ -16,6 +16,12 @@ def result(**changed):
 
 def test_every_kernel_with_cases_is_found():
     assert {"block_attention", "gated_delta", "head_sampling", "anchored_attention"} <= set(kernels())
+
+
+def test_a_sample_compiles_each_case_for_one_chip():
+    shares = [share(list(range(102)), name) for name in TOPOLOGIES]
+    assert sorted(sum(shares, [])) == list(range(102))
+    assert {len(one) for one in shares} == {20, 21}
 
 
 def test_what_moves_too_much_or_does_not_compile_fails():
