@@ -16,7 +16,7 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-LEAST_EFFORT = "--xla_backend_optimization_level=0"
+LEAST_EFFORT = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):  # later ones have only the newer generator, and end at a flag unknown to them
     LEAST_EFFORT += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", LEAST_EFFORT)

@@ -66,8 +66,8 @@ def write_pair(folder: Path, drafter_config: dict = DRAFTER) -> None:
         noise = rng.normal(size=x.shape) * (0.1 if x.ndim == 1 else 1.2 / np.sqrt(x.shape[-2]))
         return jnp.asarray(noise + (x.ndim == 1), x.dtype)
 
-    target = Target(TargetConfig.from_dict(TARGET), rngs=nnx.Rngs(0))
-    drafter = Drafter(DrafterConfig.from_dict(drafter_config), rngs=nnx.Rngs(1))
+    target = nnx.eval_shape(lambda: Target(TargetConfig.from_dict(TARGET), rngs=nnx.Rngs(0)))
+    drafter = nnx.eval_shape(lambda: Drafter(DrafterConfig.from_dict(drafter_config), rngs=nnx.Rngs(1)))
     for model, save, name in ((target, save_target, "target"), (drafter, save_drafter, "drafter")):
         graph, state = nnx.split(model)
         save(nnx.merge(graph, jax.tree.map(leaf, state)), folder / name)

@@ -55,15 +55,15 @@ DRAFTERS = {
 }
 
 
-def random_leaves(model: nnx.Module, seed: int = 0) -> nnx.Module:
+def random_leaves(build: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:
     rng = np.random.default_rng(seed)
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(nnx.eval_shape(build))
     return nnx.merge(graph, jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype), state))
 
 
 def target(name: str, **options) -> Target:
     config = TargetConfig.from_dict(TARGETS[name] | options)
-    return random_leaves(Target(config, rngs=nnx.Rngs(0)))
+    return random_leaves(lambda: Target(config, rngs=nnx.Rngs(0)))
 
 
 def target_folder(folder: Path, name: str, **options) -> Target:
@@ -74,7 +74,7 @@ def target_folder(folder: Path, name: str, **options) -> Target:
 
 
 def drafter_folder(folder: Path, name: str, **options) -> Drafter:
-    model = random_leaves(Drafter(DrafterConfig.from_dict(DRAFTERS[name]), rngs=nnx.Rngs(0)))
+    model = random_leaves(lambda: Drafter(DrafterConfig.from_dict(DRAFTERS[name]), rngs=nnx.Rngs(0)))
     save_drafter(model, folder, **options)
     return model
 

@@ -1,9 +1,12 @@
 """Small random pairs of every target family, with a vocabulary so small that a drafter's guesses are often right."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -68,37 +71,47 @@ DRAFTERS = {
 @cache
 def pair(family: str, drafter: str | None = "dflash", *, sharpness: float = 6.0, drafter_positions: int = 512) -> Pair:
     """A random pair. `sharpness` is the scale of the head: at 6 greedy margins are far above rounding."""
-    rngs = nnx.Rngs(0)
-    target = randomise(Target(TargetConfig.from_dict(TARGETS[family]), rngs=rngs), SEEDS.get(family, 1))
+    target = make_target(TARGETS[family], SEEDS.get(family, 1))
     head, embedding = target.lm_head.kernel, target.embed.embedding[...]
     # Partial to counting up, against varied text ending in one token for ever.
     head[...] = sharpness * (head[...] + 4 * (jnp.roll(embedding, 1, axis=0) - embedding).T / embedding.shape[1])
-    model = None
-    if drafter is not None:
-        config = DrafterConfig.from_dict(DRAFTERS[drafter] | {"max_position_embeddings": drafter_positions})
-        model = randomise(Drafter(config, rngs=rngs), 2)
+    positions = {"max_position_embeddings": drafter_positions}
+    model = None if drafter is None else make_drafter(DRAFTERS[drafter] | positions)
     return Pair(target, model, Tokenizer(None, Path("tests"), VOCAB))
 
 
-def randomise(model: nnx.Module, seed: int) -> nnx.Module:
-    """Every weight at random, none left at its neutral start: norms, biases, sinks and decay rates too."""
-    rng = np.random.default_rng(seed)
-    graph, state = nnx.split(model)
-    flat = []
-    for path, leaf in nnx.to_flat_state(state):
-        value, names = np.asarray(leaf[...]), [str(part) for part in path]
-        noise = rng.normal(size=value.shape)
+def make_target(config: dict, seed: int = 1) -> Target:
+    return _randomised(lambda: Target(TargetConfig.from_dict(config), rngs=nnx.Rngs(0)), seed)
+
+
+def make_drafter(config: dict) -> Drafter:
+    return _randomised(lambda: Drafter(DrafterConfig.from_dict(config), rngs=nnx.Rngs(0)), 2)
+
+
+def _randomised(build: Callable[[], nnx.Module], seed: int) -> Any:
+    """Every weight at random, none left at its neutral start: norms, biases, sinks and decay rates too.
+
+    Made of shapes and one small program: what `build` would draw is a program for every shape.
+    """
+    graph, state = nnx.split(nnx.eval_shape(build))
+    flat = list(nnx.to_flat_state(state))
+    moved = [i for i, (path, leaf) in enumerate(flat) if len(leaf.shape) == 1 or "base" in path]
+
+    @jax.jit
+    def start() -> dict[int, jax.Array]:
+        leaves = jax.tree.leaves(nnx.state(build()))
+        return {i: leaves[i] for i in moved}
+
+    starts, rng = start(), np.random.default_rng(seed)
+    for i, (path, leaf) in enumerate(flat):
+        names, value = [str(part) for part in path], rng.normal(size=leaf.shape)
         if names[-1] == "A_log":
-            value = 0.5 * noise
-        elif value.ndim == 1:
-            value = value + 0.3 * noise
-        elif "embed" in names or "predecessor" in names or "successor" in names:
-            value = noise
-        elif "base" in names:
-            value = value + 0.3 * noise
-        else:
-            value = (2.0 if "q_proj" in names else 1.0) * noise / math.sqrt(value.shape[-2])
-        flat.append((path, leaf.replace(jnp.asarray(value, leaf[...].dtype))))
+            value *= 0.5
+        elif i in starts:
+            value = np.asarray(starts[i]) + 0.3 * value
+        elif not {"embed", "predecessor", "successor"}.intersection(names):
+            value *= (2.0 if "q_proj" in names else 1.0) / math.sqrt(leaf.shape[-2])
+        flat[i] = path, leaf.replace(jnp.asarray(value, leaf.dtype))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

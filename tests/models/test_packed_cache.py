@@ -27,9 +27,9 @@ B, CAPACITY, W = 2, 32, 4
 
 
 def models():
-    target = Target(TARGET, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    drafter = Drafter(DRAFTER, dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
-    return jax.tree.map(lambda x: (0.2 * x).astype(x.dtype), (random_leaves(target), random_leaves(drafter)))
+    target = random_leaves(lambda: Target(TARGET, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    drafter = random_leaves(lambda: Drafter(DRAFTER, dtype=jnp.bfloat16, rngs=nnx.Rngs(1)))
+    return jax.tree.map(lambda x: (0.2 * x).astype(x.dtype), (target, drafter))
 
 
 def through_the_caches():

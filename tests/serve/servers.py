@@ -1,4 +1,4 @@
-"""The embedded pair behind a real server, with a tokenizer that has a chat template and some long tokens."""
+"""A small pair behind a real server, with a tokenizer that has a chat template and some long tokens."""
 
 import json
 import socket
@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import jax.numpy as jnp
 import uvicorn
 from fastapi import FastAPI
 from tokenizers.pre_tokenizers import ByteLevel
 
-import dflash_jax
-from dflash_jax.pair import EMBEDDED
-from dflash_jax.text import load_tokenizer
+from dflash_jax.pair import EMBEDDED, Pair
+from dflash_jax.text import Tokenizer, load_tokenizer
 from serve.api.app import create_app
 from serve.api.starting import Starting
 from serve.config import EVERYTHING, GREEDY, EngineConfig
 from serve.engine import Engine
+from tests.decoding import pairs
 from tests.serve import engines
 
 MODEL = "tiny"
@@ -37,27 +38,31 @@ TEMPLATE = (
     r"{% if add_generation_prompt %}<assistant{{ ' think' if enable_thinking else '' }}>{% endif %}"
     r"{{ '<think>\n' if aloud else '' }}"
 )
-# Texts that tests make the model say are whole tokens: they take the place of the last that the tokenizer has learnt.
+# Texts that tests make the model say are whole tokens: they come after the first that the embedded tokenizer has learnt.
 SAID = [
     "Sure.", "\n<tool", "_call>\n{", '"name": "add", "arg', 'uments": {"a": 1, ', '"b": "x y"}}\n', "</tool_c", "all>",
     "\n<tool_call>\n<function=add>\n<para", "meter=a>\n7\n</parameter>\n<parameter=b>\n", "8\n</parameter>\n</func",
     "tion>\n</tool_call>", "\n<tool_call>oh no", "<thi", "nk>\nhm", "m </thi", "nk>\n\nYes",
 ]  # fmt: skip
-VOCAB = 2048
+VOCAB = 384
+WORDS = ["self", " in", "i", "mp", "or", "t"]
 
 
 def make_tokenizer(folder: Path):
     facts = json.loads((EMBEDDED / "tokenizer" / "tokenizer.json").read_text())
     model, level = facts["model"], ByteLevel(add_prefix_space=False, use_regex=False)
-    gone = {"".join(pair) for pair in model["merges"][-len(SAID) :]}
-    model["merges"] = model["merges"][: -len(SAID)]
-    model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in gone}
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < VOCAB - len(SAID)}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
     for i, text in enumerate(SAID):
         model["vocab"][level.pre_tokenize_str(text)[0][0]] = VOCAB - len(SAID) + i
     (folder / "tokenizer.json").write_text(json.dumps(facts))
     (folder / "tokenizer_config.json").write_text((EMBEDDED / "tokenizer" / "tokenizer_config.json").read_text())
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return load_tokenizer(folder, VOCAB)
+
+
+def without_template(tokenizer: Tokenizer) -> Tokenizer:
+    return Tokenizer(tokenizer.core, Path("tests"), VOCAB)
 
 
 def say(tokenizer, *texts: str) -> dict:
@@ -85,9 +90,20 @@ class Served:
         engines.wait_idle(self.engine)
 
 
+def make_pair(tokenizer: Tokenizer) -> Pair:
+    """By itself it says `WORDS` only, and with these weights they vary and whole blocks of drafts are right at times."""
+    sizes = {"vocab_size": VOCAB, "max_position_embeddings": 2048, "eos_token_id": 0}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+    target = pairs.make_target(pairs.TARGETS["qwen3_5_moe"] | sizes | layers, seed=13)
+    (words,) = zip(*map(tokenizer.encode, WORDS), strict=True)
+    target.lm_head.kernel[...] *= jnp.zeros(VOCAB).at[jnp.array(words)].set(3)
+    taps = {"num_target_layers": 2, "dflash_config": {"mask_token_id": 1, "target_layer_ids": [0, 1]}}
+    drafter = {"block_size": 6, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    return Pair(target, pairs.make_drafter(pairs.DRAFTERS["dflash"] | sizes | taps | drafter), tokenizer)
+
+
 def make_engine(folder: Path) -> Engine:
-    pair = dflash_jax.load()
-    return Engine(replace(pair, tokenizer=make_tokenizer(folder)), CONFIG)
+    return Engine(make_pair(make_tokenizer(folder)), CONFIG)
 
 
 def make_app(engine: Engine, **options) -> FastAPI:

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from dflash_jax.pair import EMBEDDED
-from dflash_jax.text import load_tokenizer
 from serve.requests import Request
 from tests.serve import servers
 
@@ -52,7 +50,7 @@ def ask(page, text: str, **fields: str) -> None:
 
 
 def test_a_completion(served, page, monkeypatch):
-    plain = replace(served.engine.pair, tokenizer=load_tokenizer(EMBEDDED / "tokenizer", servers.VOCAB))
+    plain = replace(served.engine.pair, tokenizer=servers.without_template(served.tokenizer))
     monkeypatch.setattr(served.engine, "pair", plain)
     expected = served.engine.submit(Request("def fibonacci(n):", max_new_tokens=90)).result()
     page.goto(served.url)
