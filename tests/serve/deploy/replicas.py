@@ -17,7 +17,7 @@ from ray import serve
 from serve.deploy.ray_app import ReplicaConfig, deploy
 from tests.serve import meshes
 
-COUNT, STREAMS, NEW = 60, 4, 48
+COUNT, STREAMS, NEW = 40, 4, 48
 
 
 def bodies() -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ def main() -> None:
     folder, out, port = sys.argv[1:]
     start()
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
-    config = dataclasses.replace(meshes.CONFIG, grammar=False)
+    config = dataclasses.replace(meshes.CONFIG, grammar=False, widths=(4,))
     serve.run(deploy(ReplicaConfig(config, f"{folder}/target", f"{folder}/drafter"), 2))
     found = asyncio.run(run(int(port)))
     serve.shutdown()
