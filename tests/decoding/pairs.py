@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,6 +15,7 @@ from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 from dflash_jax.pair import Pair
 from dflash_jax.text import Tokenizer
+from tests import weights
 
 VOCAB, BLOCK = 6, 4
 # Weights with which the greedy text is varied: most random models of this size say one token for ever.
@@ -89,30 +89,20 @@ def make_drafter(config: dict) -> Drafter:
 
 
 def _randomised(build: Callable[[], nnx.Module], seed: int) -> Any:
-    """Every weight at random, none left at its neutral start: norms, biases, sinks and decay rates too.
+    """Every weight at random, none left at its neutral start: norms, biases, sinks and decay rates too."""
+    rng = np.random.default_rng(seed)
 
-    Made of shapes and one small program: what `build` would draw is a program for every shape.
-    """
-    graph, state = nnx.split(nnx.eval_shape(build))
-    flat = list(nnx.to_flat_state(state))
-    moved = [i for i, (path, leaf) in enumerate(flat) if len(leaf.shape) == 1 or "base" in path]
-
-    @jax.jit
-    def start() -> dict[int, jax.Array]:
-        leaves = jax.tree.leaves(nnx.state(build()))
-        return {i: leaves[i] for i in moved}
-
-    starts, rng = start(), np.random.default_rng(seed)
-    for i, (path, leaf) in enumerate(flat):
-        names, value = [str(part) for part in path], rng.normal(size=leaf.shape)
+    def leaf(names: tuple[str, ...], start: np.ndarray) -> np.ndarray:
+        noise = rng.normal(size=start.shape)
         if names[-1] == "A_log":
-            value *= 0.5
-        elif i in starts:
-            value = np.asarray(starts[i]) + 0.3 * value
-        elif not {"embed", "predecessor", "successor"}.intersection(names):
-            value *= (2.0 if "q_proj" in names else 1.0) / math.sqrt(leaf.shape[-2])
-        flat[i] = path, leaf.replace(jnp.asarray(value, leaf.dtype))
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+            return 0.5 * noise
+        if start.ndim == 1 or "base" in names:
+            return start + 0.3 * noise
+        if {"embed", "predecessor", "successor"}.intersection(names):
+            return noise
+        return (2.0 if "q_proj" in names else 1.0) * noise / math.sqrt(start.shape[-2])
+
+    return weights.made(build, leaf)
 
 
 def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:

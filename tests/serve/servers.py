@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -38,7 +38,7 @@ TEMPLATE = (
     r"{% if add_generation_prompt %}<assistant{{ ' think' if enable_thinking else '' }}>{% endif %}"
     r"{{ '<think>\n' if aloud else '' }}"
 )
-# Texts that tests make the model say are whole tokens: they come after the first that the embedded tokenizer has learnt.
+# Texts that tests make the model say are whole tokens, after the first that the embedded tokenizer has learnt.
 SAID = [
     "Sure.", "\n<tool", "_call>\n{", '"name": "add", "arg', 'uments": {"a": 1, ', '"b": "x y"}}\n', "</tool_c", "all>",
     "\n<tool_call>\n<function=add>\n<para", "meter=a>\n7\n</parameter>\n<parameter=b>\n", "8\n</parameter>\n</func",
@@ -91,7 +91,7 @@ class Served:
 
 
 def make_pair(tokenizer: Tokenizer) -> Pair:
-    """By itself it says `WORDS` only, and with these weights they vary and whole blocks of drafts are right at times."""
+    """By itself it says `WORDS` only; with these weights they vary, and at times a whole block of drafts is right."""
     sizes = {"vocab_size": VOCAB, "max_position_embeddings": 2048, "eos_token_id": 0}
     layers = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
     target = pairs.make_target(pairs.TARGETS["qwen3_5_moe"] | sizes | layers, seed=13)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dflash_jax.checkpoints import save_target
 from dflash_jax.models.target import Target
+from tests import weights
 from tests.train import tiny
 
 END, MASK, START = "<|end|>", "<|mask|>", "<|start|>"
@@ -37,7 +38,7 @@ def target_folder(folder: Path) -> Path:
     """A target whose favourite tokens depend on the context, so that a drafter has something to learn."""
     made = tokenizer()
     config = tiny.TARGET.target_config(len(made), made.eos_token_id)
-    save_target(tiny.noisy(lambda: Target(config, rngs=nnx.Rngs(1))), folder, jnp.float32)
+    save_target(weights.noisy(lambda: Target(config, rngs=nnx.Rngs(1))), folder, jnp.float32)
     made.save_pretrained(folder)
     return folder
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
+from tests import weights
 from tests.train import tiny
 from train.architecture import DrafterArchitecture
 from train.drafter import DrafterTraining
@@ -23,13 +24,13 @@ VOCAB, END, MASK = 4, 3, 2
 
 def target() -> Target:
     config = dataclasses.replace(tiny.TARGET.target_config(VOCAB, END), eos_token_ids=())
-    return tiny.noisy(lambda: Target(config, rngs=nnx.Rngs(1)))
+    return weights.noisy(lambda: Target(config, rngs=nnx.Rngs(1)))
 
 
 def drafter(target: Target, **extra) -> Drafter:
     architecture = dataclasses.replace(SMALL, **extra)
     config = architecture.drafter_config(target.config, MASK)
-    return tiny.noisy(lambda: Drafter(config, rngs=nnx.Rngs(2)))
+    return weights.noisy(lambda: Drafter(config, rngs=nnx.Rngs(2)))
 
 
 @dataclasses.dataclass(frozen=True)

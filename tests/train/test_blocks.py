@@ -10,7 +10,7 @@ from dflash_jax.cache import DrafterCache
 from dflash_jax.config import DrafterConfig, RopeConfig
 from dflash_jax.models.drafter import Drafter
 from pallas_kernels.anchored_attention import reference
-from tests.train import tiny
+from tests import weights
 from train.blocks import block_hidden
 
 DIM, ROWS, LENGTH = 16, 4, 20
@@ -24,7 +24,7 @@ def drafter(kind: str, causal: bool, **extra) -> Drafter:
         rope=RopeConfig(theta=1e4, dim=8), block_size=ROWS, mask_token_id=1, tap_ids=(0, 1), num_target_layers=4,
         **extra,
     )  # fmt: skip
-    return tiny.noisy(lambda: Drafter(config, rngs=nnx.Rngs(0)))
+    return weights.noisy(lambda: Drafter(config, rngs=nnx.Rngs(0)))
 
 
 def inputs() -> tuple[jax.Array, jax.Array]:

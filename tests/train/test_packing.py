@@ -10,6 +10,7 @@ from flax import nnx
 
 from dflash_jax.documents import document_starts, positions
 from dflash_jax.models.target import Target
+from tests import weights
 from tests.train import tiny
 from tests.train.small import drafter
 from train.blocks import block_hidden
@@ -30,7 +31,7 @@ def test_positions_begin_anew_with_each_document():
 
 def model(**changes) -> Target:
     config = dataclasses.replace(tiny.TARGET.target_config(9, 8), **changes)
-    return tiny.noisy(lambda: Target(config, rngs=nnx.Rngs(1)))
+    return weights.noisy(lambda: Target(config, rngs=nnx.Rngs(1)))
 
 
 KINDS = {

@@ -17,6 +17,7 @@ from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 from dflash_jax.pair import Pair
 from dflash_jax.text import Tokenizer
+from tests import weights
 from tests.train import tiny
 from tests.train.small import SMALL
 from train import regenerate as module
@@ -28,11 +29,11 @@ CONFIG = RegenerateConfig(longest=12, response=7, sampled=0.5, batch=4)
 
 
 def make_pair(drafter: bool = False) -> Pair:
-    target = tiny.noisy(lambda: Target(tiny.TARGET.target_config(VOCAB, END), rngs=nnx.Rngs(1)))
+    target = weights.noisy(lambda: Target(tiny.TARGET.target_config(VOCAB, END), rngs=nnx.Rngs(1)))
     made = None
     if drafter:
         config = SMALL.drafter_config(target.config, MASK)
-        made = tiny.noisy(lambda: Drafter(config, rngs=nnx.Rngs(2)))
+        made = weights.noisy(lambda: Drafter(config, rngs=nnx.Rngs(2)))
     return Pair(target, made, Tokenizer(None, Path(), VOCAB))
 
 
