@@ -6,6 +6,7 @@ ones: so the short leg compiles as a user's program does. A compilation cache on
 hardly compiles one program twice, and workers that share a folder may read what another is still writing.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -22,6 +23,7 @@ if version("jaxlib").startswith("0.10."):  # later ones have only the newer gene
 os.environ.setdefault("XLA_FLAGS", LEAST_EFFORT)
 
 MOST_MAPPINGS = 20_000
+gc.set_threshold(100_000, 20, 50)  # tracing makes many objects and little garbage: looking for it took 8% of the time
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,3 +38,18 @@ def forget_programs() -> Iterator[None]:
         import jax
 
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module")
+def children_share_programs(programs) -> Iterator[None]:
+    """Processes that a file's tests start keep what they compile for those after them; this one has no such cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", programs)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        yield

@@ -20,7 +20,7 @@ def pair():
 @pytest.fixture(scope="module")
 def both(pair):
     """Speculative and plain completions of the same held-out prompts."""
-    ways = (dflash_jax.generate(pair, PROMPTS[:20], max_new_tokens=200, draft=draft) for draft in (True, False))
+    ways = (dflash_jax.generate(pair, PROMPTS[:12], max_new_tokens=100, draft=draft) for draft in (True, False))
     return tuple(ways)
 
 
@@ -46,13 +46,13 @@ def test_sampled_output_is_that_of_plain_sampling(pair):
 
 def test_a_stream_is_the_generation_in_pieces(pair, both):
     pieces, end = [], None
-    stream = dflash_jax.stream(pair, PROMPTS[1], max_new_tokens=200)
+    stream = dflash_jax.stream(pair, PROMPTS[1], max_new_tokens=100)
     while end is None:
         try:
             pieces.append(next(stream))
         except StopIteration as stop:
             end = stop.value
-    assert end == dflash_jax.generate(pair, PROMPTS[1], max_new_tokens=200)[0]
+    assert end == dflash_jax.generate(pair, PROMPTS[1], max_new_tokens=100)[0]
     assert end.tokens == both[0][1].tokens
     assert "".join(piece.text for piece in pieces) == end.text
     assert sum(sum(piece.drafted) for piece in pieces) > len(end.tokens) / 2

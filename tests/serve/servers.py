@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from tokenizers.pre_tokenizers import ByteLevel
 
+from dflash_jax.checkpoints import save_target
 from dflash_jax.pair import EMBEDDED, Pair
 from dflash_jax.text import Tokenizer, load_tokenizer
 from serve.api.app import create_app
@@ -49,6 +50,7 @@ WORDS = ["self", " in", "i", "mp", "or", "t"]
 
 
 def make_tokenizer(folder: Path):
+    folder.mkdir(exist_ok=True)
     facts = json.loads((EMBEDDED / "tokenizer" / "tokenizer.json").read_text())
     model, level = facts["model"], ByteLevel(add_prefix_space=False, use_regex=False)
     model["vocab"] = {token: number for token, number in model["vocab"].items() if number < VOCAB - len(SAID)}
@@ -100,6 +102,10 @@ def make_pair(tokenizer: Tokenizer) -> Pair:
     taps = {"num_target_layers": 2, "dflash_config": {"mask_token_id": 1, "target_layer_ids": [0, 1]}}
     drafter = {"block_size": 6, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
     return Pair(target, pairs.make_drafter(pairs.DRAFTERS["dflash"] | sizes | taps | drafter), tokenizer)
+
+
+def write_target(folder: Path) -> None:
+    save_target(make_pair(make_tokenizer(folder)).target, folder)
 
 
 def make_engine(folder: Path) -> Engine:

@@ -86,7 +86,9 @@ def test_who_comes_too_early_is_told_how_far_it_is():
 @pytest.mark.slow
 def test_it_serves_until_a_signal(tmp_path):
     """A stream that runs comes to its end; who never sends the rest of a request is waited for, but not for long."""
-    with running(tmp_path, "--model-name", "small", "--api-key", "k", "--shutdown-seconds", "4") as (process, url):
+    servers.write_target(tmp_path / "target")
+    options = ("--target", str(tmp_path / "target"), "--model-name", "small", "--api-key", "k")
+    with running(tmp_path, *options, "--shutdown-seconds", "4") as (process, url):
         stuck = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
         stuck.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\n"
