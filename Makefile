@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## complete held-out Python code with the embedded pai
 	@$(BIN)/python -m benchmarks.demo
 
 test: $(VENV)/.installed-test  ## the whole test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=30 tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=30 tests
 
 browser:  ## Chromium for the test of the server's page, from Debian's packages, as root; without it the test is skipped
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium; } || \

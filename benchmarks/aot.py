@@ -50,7 +50,7 @@ def main() -> int:
     arguments.add_argument("--kernel", action="append", help="only this one, and no document; may be repeated")
     arguments.add_argument("--topology", action="append", help="only this one, and no document; may be repeated")
     arguments.add_argument("--keep", action="store_true", help="go on from docs/kernels.json, what was compiled before")
-    arguments.add_argument("--sample", action="store_true", help="each case for one chip only, in turn, and no document")
+    arguments.add_argument("--sample", action="store_true", help="each case for one chip, in turn; no document")
     given = arguments.parse_args()
     for name in given.topology or TOPOLOGIES:
         require_compiler(parse_topology(name).chip)

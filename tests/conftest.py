@@ -1,9 +1,10 @@
 """Set before jax is imported: the CPU, one torch thread, and programs that are compiled with the least effort.
 
-The models of the tests run for milliseconds and compile for seconds, most of which go into LLVM and the newer code
-generator of fusions; without both, the suite takes half the time. `XLA_FLAGS` of your own replace that, also empty
-ones: so the short leg compiles as a user's program does. A compilation cache on disk brings nothing here: a process
-hardly compiles one program twice, and workers that share a folder may read what another is still writing.
+The models of the tests run for milliseconds and compile for seconds, most of which go into LLVM, the newer code
+generator of fusions, and cutting programs into pieces for many cores; without these, the suite takes half the time.
+`XLA_FLAGS` of your own replace that, also empty ones: so the short leg compiles as a user's program does. A
+compilation cache on disk brings nothing here: a process hardly compiles one program twice, and workers that share a
+folder may read what another is still writing.
 """
 
 import gc
@@ -24,6 +25,15 @@ os.environ.setdefault("XLA_FLAGS", LEAST_EFFORT)
 
 MOST_MAPPINGS = 20_000
 gc.set_threshold(100_000, 20, 50)  # tracing makes many objects and little garbage: looking for it took 8% of the time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: what two workers have left to share at the end are files of seconds.
+
+    The others as they are found, so that neighbours, which often need the same programs, run one after the other.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -36,7 +36,7 @@ DRAFTER = BASE | {
     "model_type": "qwen3",
     "block_size": 4,
     "num_target_layers": 2,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "conv_kernel_size": 2,
     "selector_rank": 4,
     "selector_top_k": 3,
@@ -74,7 +74,7 @@ def write_pair(folder: Path, drafter_config: dict = DRAFTER) -> None:
 
 
 def outputs(folder: Path, mesh: dict | None) -> list:
-    """Tokens, acceptance lengths and likeliest tokens of all settings."""
+    """Tokens, acceptance lengths and likeliest tokens of all settings; on a mesh of one axis greedy ones only."""
     import numpy as np
 
     import dflash_jax
@@ -83,7 +83,8 @@ def outputs(folder: Path, mesh: dict | None) -> list:
     pair = dflash_jax.load(folder / "target", folder / "drafter", mesh=None if mesh is None else make_mesh(**mesh))
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 15, n).tolist() for n in LENGTHS]
-    out = [dflash_jax.generate(pair, prompts, max_new_tokens=NEW, **settings) for settings in SETTINGS]
+    used = SETTINGS[:1] if mesh is not None and len(mesh) == 1 else SETTINGS
+    out = [dflash_jax.generate(pair, prompts, max_new_tokens=NEW, **settings) for settings in used]
     likeliest = [[[[t for t, _ in e.top] for e in g.logprobs or ()] for g in each] for each in out]
     return [
         [(g.tokens, g.acceptance_lengths, ids) for g, ids in zip(each, top, strict=True)]

@@ -35,9 +35,9 @@ CONFIG = EngineConfig(
 
 
 def write_pair(folder: Path, selector: bool) -> None:
-    """That of `tests.sharded` with a smaller drafter, which is one of DFlash 1 without the selector."""
+    """That of `tests.sharded` with a drafter of two taps, which is one of DFlash 1 without the selector."""
     taps = {"dflash_config": sharded.DRAFTER["dflash_config"] | {"target_layer_ids": [0, 1]}}
-    drafter = sharded.DRAFTER | taps | {"num_hidden_layers": 1}
+    drafter = sharded.DRAFTER | taps
     if not selector:
         drafter = {name: drafter[name] for name in drafter if name.partition("_")[0] not in ("selector", "conv")}
         drafter["architectures"] = ["DFlashDraftModel"]

@@ -4,6 +4,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.requests import Request
 from tests.serve.servers import MODEL
 
 
@@ -15,6 +16,8 @@ def read(served) -> dict[tuple, float]:
 
 
 def test_metrics_are_the_engines(served):
+    answer = served.engine.submit(Request("import os", max_new_tokens=60)).result()
+    assert max(answer.acceptance_lengths) == 6  # for each place to have a count
     served.wait_idle()
     before = read(served)
     body = {"model": MODEL, "prompt": [[7] * 40] * 2, "max_tokens": 50, "temperature": 0}
