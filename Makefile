@@ -38,12 +38,11 @@ bench-torch: $(VENV)/.installed-test  ## the README's figures against PyTorch
 	$(BIN)/python -m benchmarks.baselines
 
 aot: $(VENVAOT)/.installed  ## compile every kernel, and a small model's round, for TPUs and GPUs; writes docs/kernels.md
-	$(VENVAOT)/bin/python -m benchmarks.aot
+	$(VENVAOT)/bin/python -m benchmarks.aot $(SAMPLE)
 	$(VENVAOT)/bin/python -m pytest -n $(JOBS) tests/test_topology.py tests/test_plan.py
 
-aot-sample: $(VENVAOT)/.installed  ## the same with each kernel's case compiled for one chip only, in turn: minutes, not an hour
-	$(VENVAOT)/bin/python -m benchmarks.aot --sample
-	$(VENVAOT)/bin/python -m pytest -n $(JOBS) tests/test_topology.py tests/test_plan.py
+aot-sample: SAMPLE = --sample
+aot-sample: aot  ## the same with each kernel's case compiled for one chip only, in turn: minutes, not an hour
 
 plan-docs: $(VENVAOT)/.installed  ## plan Qwen3.5-397B-A17B for three topologies; writes docs/plan.md (an hour)
 	$(VENVAOT)/bin/python -m benchmarks.plan_docs

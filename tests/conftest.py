@@ -24,7 +24,7 @@ if version("jaxlib").startswith("0.10."):  # later ones have only the newer gene
 os.environ.setdefault("XLA_FLAGS", LEAST_EFFORT)
 
 MOST_MAPPINGS = 20_000
-gc.set_threshold(100_000, 20, 50)  # tracing makes many objects and little garbage: looking for it took 8% of the time
+gc.set_threshold(100_000, 20, 50)  # tracing makes many objects and little garbage: looking for it took 7% of the time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -74,7 +74,7 @@ def write_pair(folder: Path, drafter_config: dict = DRAFTER) -> None:
 
 
 def outputs(folder: Path, mesh: dict | None) -> list:
-    """Tokens, acceptance lengths and likeliest tokens of all settings; on a mesh of one axis greedy ones only."""
+    """Tokens, acceptance lengths and likeliest tokens of all settings."""
     import numpy as np
 
     import dflash_jax
@@ -83,8 +83,7 @@ def outputs(folder: Path, mesh: dict | None) -> list:
     pair = dflash_jax.load(folder / "target", folder / "drafter", mesh=None if mesh is None else make_mesh(**mesh))
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 15, n).tolist() for n in LENGTHS]
-    used = SETTINGS[:1] if mesh is not None and len(mesh) == 1 else SETTINGS
-    out = [dflash_jax.generate(pair, prompts, max_new_tokens=NEW, **settings) for settings in used]
+    out = [dflash_jax.generate(pair, prompts, max_new_tokens=NEW, **settings) for settings in SETTINGS]
     likeliest = [[[[t for t, _ in e.top] for e in g.logprobs or ()] for g in each] for each in out]
     return [
         [(g.tokens, g.acceptance_lengths, ids) for g, ids in zip(each, top, strict=True)]
