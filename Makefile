@@ -47,6 +47,9 @@ aot-sample: aot  ## the same with each kernel's case compiled for one chip only,
 plan-docs: $(VENVAOT)/.installed  ## plan Qwen3.5-397B-A17B for three topologies; writes docs/plan.md (an hour)
 	$(VENVAOT)/bin/python -m benchmarks.plan_docs
 
+recipe-docs: $(VENVAOT)/.installed  ## plan a training step of every recipe; writes docs/training.md (hours; one: python -m benchmarks.recipe_docs NAME)
+	$(VENVAOT)/bin/python -m benchmarks.recipe_docs
+
 embedded: $(VENV)/.installed-train  ## train the embedded pair again
 	$(BIN)/python -m train.embedded
 
@@ -90,5 +93,5 @@ $(VENVAOT)/bin/python:
 	$(PYTHON) -m venv $(VENVAOT)
 
 $(VENVAOT)/.installed: pyproject.toml | $(VENVAOT)/bin/python
-	$(VENVAOT)/bin/python -m pip install --quiet --editable '.[aot,test-short]'
+	$(VENVAOT)/bin/python -m pip install --quiet --editable '.[aot,train,test-short]'
 	@touch $@

@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -231,21 +232,27 @@ def _generate(options: GenerateOptions) -> int:
     return 0
 
 
+@contextmanager
+def _extra(name: str, what: str) -> Iterator[None]:
+    """InputError where an extra is not installed; some of its packages are imported late."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"{what} needs the package {error.name}; pip install 'dflash-jax[{name}]'") from error
+
+
 def _train(values: Any) -> int:
     if values.check:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
-    try:
+    with _extra("train", "training"):
         from train.command import train
-    except ModuleNotFoundError as error:
-        raise InputError(f"training needs the package {error.name}; pip install 'dflash-jax[train]'") from error
-    return train(values.what, values.config, values.changes, check=values.check)
+
+        return train(values.what, values.config, values.changes, check=values.check)
 
 
 def _serve(options: ServeOptions) -> int:
-    try:
+    with _extra("serve", "serving"):
         from serve.command import serve
-    except ModuleNotFoundError as error:
-        raise InputError(f"serving needs the package {error.name}; pip install 'dflash-jax[serve]'") from error
     return serve(options)
 
 
@@ -284,8 +291,8 @@ def _plan(options: PlanOptions) -> int:
 def _request(options: PlanOptions) -> tuple[Any, Any]:
     """What `dflash_jax.plan.plan` takes: the request, and what makes the program of a training step."""
     if options.recipe is not None:
-        from train.plan_recipe import planned_recipe
-
+        with _extra("train", "planning a training run"):
+            from train.plan_recipe import planned_recipe
         return planned_recipe(
             Path(options.recipe), target=options.target, topology=options.topology, compile=options.compile
         )

@@ -225,6 +225,22 @@ def test_bad_input_is_one_line_and_status_2(pair, capsys, arguments, says):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, package, extra",
+    [
+        ("train drafter run.yaml", "grain", "train"),
+        ("plan --recipe run.yaml --no-compile", "grain", "train"),
+        ("serve", "fastapi", "serve"),
+    ],
+)
+def test_what_to_install_for_a_command(monkeypatch, capsys, arguments, package, extra):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("train", "serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(arguments.split()) == 2
+    assert f"pip install 'dflash-jax[{extra}]'" in capsys.readouterr().err
+
+
 def test_errors_of_the_library_are_red_on_a_terminal(pair, monkeypatch):
     def load(target, drafter):
         raise InputError("no such folder: T")
