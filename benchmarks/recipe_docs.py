@@ -69,10 +69,9 @@ def table(plans: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "|---|---|" + "---:|" * 8
     for name, plan in plans.items():
         memory, line = plan["memory"], plan["roofline"]
-        whole = size(memory["total"]) if compiled(plan) else "not compiled"
         rate = plan["batch"] * plan["context"] / line["seconds"]
         cells = [
-            name, plan["topology"], size(memory["arguments"]), whole, size(memory["hbm"]),
+            name, plan["topology"], size(memory["arguments"]), whole(plan), size(memory["hbm"]),
             f"{line['flops'] / 1e12:.0f} T", size(line["bytes"]), size(line["sent"]), f"{line['seconds']:.2f} s",
             f"{rate:,.0f}",
         ]  # fmt: skip
@@ -80,9 +79,11 @@ def table(plans: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield ""
 
 
-def compiled(plan: dict[str, Any]) -> bool:
-    """Whether the compiler went to the end."""
-    return bool(plan["compiled"]) and "collectives" in plan["compiled"]
+def whole(plan: dict[str, Any]) -> str:
+    """Memory with temporaries, or why it is not known."""
+    if not plan["compiled"]:
+        return "not compiled"
+    return size(plan["memory"]["total"]) if "collectives" in plan["compiled"] else "does not fit"
 
 
 if __name__ == "__main__":

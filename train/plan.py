@@ -91,7 +91,7 @@ def planned(
     """The step and its parts, for `dflash_jax.plan.plan`."""
     config = config or TrainPlan()
     program = build(target, drafter, mesh, batch, context, config)
-    return program, roofline(target, drafter, program, config.objective.remat)
+    return program, roofline(target, drafter, program, config)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -113,7 +113,7 @@ class Counts:
     target: TargetConfig
     drafter: DrafterConfig
     program: Abstract
-    remat: bool
+    config: TrainPlan
     parts: dict[str, Part] = field(default_factory=dict)
 
     def part(self, name: str) -> Part:
@@ -130,14 +130,19 @@ class Counts:
         return self.tokens // self.program.context * self.program.rows
 
     @property
+    def backward(self) -> int:
+        """Backward passes: micro batches make the gradients of DFlash 2's two losses one by one."""
+        return 2 if self.config.parts > 1 and self.drafter.selector_rank else 1
+
+    @property
     def passes(self) -> int:
         """Products with each of the drafter's weights: forward, two backward, and forward again."""
-        return 4 if self.remat else 3
+        return 1 + self.backward * (2 + self.config.objective.remat)
 
 
-def roofline(target: TargetConfig, drafter: DrafterConfig, program: Abstract, remat: bool) -> list[Part]:
+def roofline(target: TargetConfig, drafter: DrafterConfig, program: Abstract, config: TrainPlan) -> list[Part]:
     """The parts of a step: the frozen target forward, the drafter both ways, the heads, the optimiser."""
-    counts = Counts(target, drafter, program, remat)
+    counts = Counts(target, drafter, program, config)
     for leaf in program.weights:
         keys = leaf.path.split("/")
         if keys[0] == "drafter":
@@ -151,10 +156,11 @@ def roofline(target: TargetConfig, drafter: DrafterConfig, program: Abstract, re
 
 
 def _product(counts: Counts, part: Part, leaf: Leaf, rows: float, passes: int) -> None:
+    """Every micro batch gathers and reads the weight anew."""
     spread = counts.program.mesh.shape["fsdp"] if len(leaf.shape) > 1 else 1  # shards that are put together first
-    gathered = leaf.elements * ITEM * spread
-    part.bytes += gathered * passes
-    part.sent += leaf.elements * ITEM * (spread - 1) * min(passes, 2)
+    gathered, times = leaf.elements * ITEM * spread, counts.config.parts
+    part.bytes += gathered * passes * times
+    part.sent += leaf.elements * ITEM * (spread - 1) * min(passes, 2) * times
     if len(leaf.shape) > 1:
         part.flops += 2 * rows * leaf.elements * spread * passes
 
@@ -176,12 +182,12 @@ def _drafter_weight(counts: Counts, keys: list[str], leaf: Leaf) -> None:
         rows = counts.rows + counts.tokens
     if keys[1] != "selector" or keys[2] == "hidden":
         _product(counts, part, leaf, rows, counts.passes)
-    optimizer = counts.part("optimizer")
-    optimizer.bytes += WORDS * 4 * leaf.elements
+    optimizer, times = counts.part("optimizer"), counts.config.parts
+    optimizer.bytes += (WORDS + (2 * times if times > 1 else 0)) * 4 * leaf.elements  # and to add up gradients
     ways = counts.program.mesh.shape["data"] * (1 if _on_fsdp(leaf) else counts.program.mesh.shape["fsdp"])
-    optimizer.sent += 4 * leaf.elements * 2 * (ways - 1) / ways  # the sum of gradients over the batch's devices
+    optimizer.sent += 4 * leaf.elements * 2 * (ways - 1) / ways * times  # gradients over the batch's devices
     if _on_fsdp(leaf):
-        optimizer.sent += 4 * leaf.elements * (counts.program.mesh.shape["fsdp"] - 1)
+        optimizer.sent += 4 * leaf.elements * (counts.program.mesh.shape["fsdp"] - 1) * times
 
 
 def _on_fsdp(leaf: Leaf) -> bool:
@@ -200,7 +206,7 @@ def _attention(counts: Counts) -> None:
             continue
         seen = _seen(context, target.sliding_window if kind == "sliding_attention" else None)
         part.flops += 4 * counts.tokens * (target.num_heads // tensor) * target.head_dim * seen
-    products = 7 + 2 * counts.remat
+    products = 2 + counts.backward * (5 + 2 * counts.config.objective.remat)
     for kind in drafter.layer_types:
         seen = _seen(context, drafter.sliding_window if kind == "sliding_attention" else None) + drafter.block_size
         flops = 2 * products * counts.rows * (drafter.num_heads // tensor) * drafter.head_dim * seen
@@ -214,15 +220,15 @@ def _seen(context: int, window: int | None) -> float:
 
 
 def _head(counts: Counts) -> None:
-    """Logits and the gradient of the hidden rows: two products, and a sum over the vocabulary's devices."""
+    """Logits and gradients of the hidden rows: a product each, and a sum over the vocabulary's devices."""
     shape, part = counts.program.mesh.shape, counts.part("drafter head")
     ways = shape["expert"] * shape["tensor"]
     rows = counts.rows * (counts.drafter.block_size - 1) / counts.drafter.block_size
     elements = counts.target.vocab_size // ways * counts.target.hidden_size
-    part.flops += 4 * rows * elements
-    part.bytes += 2 * elements * ITEM
+    part.flops += 2 * (1 + counts.backward) * rows * elements
+    part.bytes += (1 + counts.backward) * elements * ITEM * counts.config.parts
     part.sent += 2 * (ways - 1) / ways * rows * counts.target.hidden_size * 4
-    part.sent += elements * ITEM * (shape["fsdp"] - 1) / shape["fsdp"]
+    part.sent += elements * ITEM * (shape["fsdp"] - 1) / shape["fsdp"] * counts.config.parts
 
 
 def _exchanges(counts: Counts) -> None:

@@ -24,11 +24,11 @@ def configurations() -> tuple[dict, dict]:
     return target, json.loads(BIG["drafter"].read_text()) | SMALL_DRAFTER
 
 
-def program(batch: int = 8, context: int = 512, **sizes):
+def program(batch: int = 8, context: int = 512, config: TrainPlan = CONFIG, **sizes):
     target, drafter = configurations()
     target, drafter = TargetConfig.from_dict(target), DrafterConfig.from_dict(drafter)
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
-    made, parts = planned(target, drafter, mesh, batch, context, CONFIG)
+    made, parts = planned(target, drafter, mesh, batch, context, config)
     return target, drafter, made, {part.name: part for part in parts}
 
 
@@ -61,6 +61,16 @@ def test_products_against_a_count_by_hand():
     assert parts["drafter head"].flops == 4 * rows * 15 / 16 * target.vocab_size * D
     assert parts["optimizer"].bytes == 28 * sum(x.elements for x in made.weights if x.path.startswith("drafter/"))
     assert parts["optimizer"].sent == 0
+
+
+def test_micro_batches_gather_and_read_weights_anew():
+    (_, _, made, once), (_, _, _, twice) = program(fsdp=4), program(fsdp=4, config=dataclasses.replace(CONFIG, parts=2))
+    for name, part in once.items():
+        assert twice[name].flops == part.flops
+    drafter = sum(leaf.elements for leaf in made.weights if leaf.path.startswith("drafter/"))
+    assert twice["experts"].bytes == 2 * once["experts"].bytes
+    assert twice["experts"].sent == 2 * once["experts"].sent > 0
+    assert twice["optimizer"].bytes - once["optimizer"].bytes == 16 * drafter  # two sums of gradients
 
 
 def test_what_does_not_divide_is_refused():
