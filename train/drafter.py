@@ -145,9 +145,9 @@ def make_task(
     target, data, mesh = setting.target, setting.data, setting.mesh
     feed = Feed(config.batch, mesh)
     target_graph, frozen = nnx.split(target)
-    terms, loss = (
-        functools.partial(function, (graph, target_graph), config) for function in (drafter_terms, drafter_loss)
-    )
+    graphs = graph, target_graph
+    terms = functools.partial(drafter_terms, graphs, config)
+    loss = functools.partial(drafter_loss, graphs, dataclasses.replace(config, vocabulary=0))
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     step = compiled(make_step(terms, optimizer, parts=config.parts, spike=config.spike))
     held_out = whole_batches(setting.held_out, length=data.length, size=config.batch)
@@ -195,7 +195,8 @@ def step_flops(config: DrafterTraining, setting: Setting, architecture: DrafterC
     length = setting.data.length
     tokens = config.batch * length
     state = nnx.state(shapes_of(lambda rngs: Drafter(architecture, rngs=rngs)))
-    flops = drafter_flops(architecture, state, tokens=tokens, anchors=config.anchors, length=length)
+    vocab = config.vocabulary or architecture.vocab_size
+    flops = drafter_flops(architecture, state, tokens=tokens, anchors=config.anchors, length=length, vocab=vocab)
     if setting.data.taps == "online":
         flops += tokens * target_flops(setting.target.config, nnx.state(setting.target), length)
     return flops

@@ -34,8 +34,12 @@ def target_flops(config: TargetConfig, state: nnx.State, length: int) -> float:
     return flops
 
 
-def drafter_flops(config: DrafterConfig, state: nnx.State, *, tokens: int, anchors: int, length: int) -> float:
+def drafter_flops(
+    config: DrafterConfig, state: nnx.State, *, tokens: int, anchors: int, length: int, vocab: int
+) -> float:
     """A training step over `tokens` of context in rows of `length`, each with `anchors` blocks, backward included.
+
+    The loss is over `vocab` tokens.
 
     The backward pass costs twice the forward, but the frozen head and the taps get no gradient of their own.
     """
@@ -44,7 +48,7 @@ def drafter_flops(config: DrafterConfig, state: nnx.State, *, tokens: int, ancho
     keys = c.num_layers * 2 * c.num_kv_heads * c.head_dim * c.hidden_size  # made of the context too
     fuse = len(c.tap_ids) * c.hidden_size**2
     layers = _products(state) - fuse
-    context = c.hidden_size * c.vocab_size * rows * (c.block_size - 1) / c.block_size
+    context = c.hidden_size * vocab * rows * (c.block_size - 1) / c.block_size
     scores = 0.0
     for kind in c.layer_types:
         window = c.sliding_window if kind == "sliding_attention" and c.sliding_window else length

@@ -23,10 +23,12 @@ from train.anchors import Blocks, cut_blocks, next_anchors, sample_anchors
 from train.blocks import block_hidden
 from train.losses import Ratio, weighted
 from train.optimizer import names
+from train.sampled import SampledVocabulary, sample_vocabulary
 from train.step import Metrics, Pytree
 from train.vocabulary import token_distances, token_scores
 
 Batch = Mapping[str, Array]
+_VOCABULARY = 1  # what a key is folded with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Objective:
         loss: position weights: "decay" is exp(-(k - 1) / gamma), "dpace" is D-PACE; "opd" is the second stage
         gamma: of "decay"; 4 for blocks of 8, 5 for 10, 7 for 16
         rejected_decay: of "opd": a rejected row weighs so much less than the rejected row before it
+        vocabulary: tokens that a micro batch's loss is over: all of its own, and others at random; 0: all there are
         head_chunk: rows of logits made at once; 0 chooses
         remat: keep only the layers' inputs for the backward pass
         compute: dtype of the drafter's arithmetic; its parameters are always float32
@@ -50,6 +53,7 @@ class Objective:
     loss: Literal["decay", "dpace", "opd"] = "decay"
     gamma: float = 4.0
     rejected_decay: float = 0.8
+    vocabulary: int = 0
     head_chunk: int = 0
     remat: bool = False
     compute: Literal["float32", "bfloat16"] = "float32"
@@ -66,6 +70,7 @@ class Scene:
     segments: Int[Array, "B T"] | None
     taps: Float[Array, "B T CD"]
     hidden: Float[Array, "B T D"] | None
+    sampled: SampledVocabulary | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +105,10 @@ def drafter_terms(
     drafter, target = nnx.merge(graphs[0], in_dtype(params, config.compute)), nnx.merge(graphs[1], frozen)
     scene = observe(target, drafter.config.tap_ids, batch)
     key = jax.random.fold_in(jax.random.key(config.seed), batch["step"])
+    if config.vocabulary:
+        chosen = jax.random.fold_in(key, _VOCABULARY)
+        sampled = sample_vocabulary(chosen, scene.tokens, config.vocabulary, drafter.config.vocab_size)
+        scene = dataclasses.replace(scene, sampled=sampled)
     anchors, real = sample_anchors(key, scene.mask, config.anchors, scene.segments, batch.get("row"))
     draft = partial(draft_blocks, drafter, target, scene, config)
     if config.on_policy or config.loss == "opd":  # a second block where verification stopped the first
@@ -161,21 +170,31 @@ def draft_blocks(
     hidden = block_hidden(
         drafter, embedded.astype(config.compute), scene.taps, anchors, blocks.starts, at, remat=config.remat
     )
-    return blocks, hidden, block_predictions(drafter, target, hidden, blocks, config.head_chunk)
+    return blocks, hidden, block_predictions(drafter, target, hidden, blocks, config.head_chunk, scene.sampled)
 
 
 def block_predictions(
-    drafter: Drafter, target: Target, hidden: Float[Array, "B A W D"], blocks: Blocks, chunk: int
+    drafter: Drafter,
+    target: Target,
+    hidden: Float[Array, "B A W D"],
+    blocks: Blocks,
+    chunk: int,
+    sampled: SampledVocabulary | None = None,
 ) -> Predictions:
-    """Through the target's frozen head, and the selector where there is one.
+    """Through the target's frozen head, or what was sampled of it, and the selector where there is one.
 
     The selector is taught with the true predecessor. Up to the first wrong token that is also the predecessor in its
     own walk, so its guesses give the acceptance of the walk.
     """
     x, labels, selector = hidden[:, :, 1:], blocks.labels[:, :, 1:], drafter.selector
     top = 1 if selector is None else min(drafter.config.selector_top_k, drafter.config.vocab_size)
-    head = drafter.head(target.head)
-    nll, values, ids = token_scores(head, x, labels, chunk=chunk, top=top, learn_top=selector is not None)
+    head, options = drafter.head(target.head), {"chunk": chunk, "top": top, "learn_top": selector is not None}
+    if sampled is None:
+        nll, values, ids = token_scores(head, x, labels, **options)
+    else:
+        places = sampled.places(labels)
+        nll, values, ids = token_scores(sampled.head(head), x, places, sampled.raised, **options)
+        ids = sampled.ids[ids]
     if selector is None:
         return _with_anchor_rows(Predictions(nll, ids[..., 0]))
     scores = values + selector(blocks.labels[:, :, :-1], ids, x)
@@ -197,6 +216,8 @@ def distances(
     The target's distribution of a row is that along its own response. It is the one that verification meets up to the
     first rejected row; behind it, verification would condition on the wrong draft.
     """
+    if scene.sampled is not None:
+        raise InputError("loss is opd, which compares whole distributions; give vocabulary 0")
     if scene.hidden is None:
         raise InputError("loss is opd, which compares with the target's distribution; train it without cached taps")
     B, A, W = blocks.labels.shape

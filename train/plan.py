@@ -224,7 +224,8 @@ def _head(counts: Counts) -> None:
     shape, part = counts.program.mesh.shape, counts.part("drafter head")
     ways = shape["expert"] * shape["tensor"]
     rows = counts.rows * (counts.drafter.block_size - 1) / counts.drafter.block_size
-    elements = counts.target.vocab_size // ways * counts.target.hidden_size
+    vocab = counts.config.objective.vocabulary or counts.target.vocab_size
+    elements = vocab // ways * counts.target.hidden_size
     part.flops += 2 * (1 + counts.backward) * rows * elements
     part.bytes += (1 + counts.backward) * elements * ITEM * counts.config.parts
     part.sent += 2 * (ways - 1) / ways * rows * counts.target.hidden_size * 4

@@ -6,7 +6,7 @@ pass scales it. That is two products with the vocabulary, where making the logit
 device has its part of the vocabulary; maxima and sums are combined over the parts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.head import Head
-from dflash_jax.sharding import mesh_axes, per_shard, position, total
+from dflash_jax.sharding import Axes, mesh_axes, per_shard, position, total
 from pallas_kernels.head_sampling import Projection, best, logits
 from train.losses import in_chunks
 
@@ -38,6 +38,7 @@ def token_scores(
     head: Head,
     hidden: Float[Array, "B A W D"],
     labels: Int[Array, "B A W"],
+    raised: Float[Array, "V"] | None = None,
     *,
     chunk: int = 0,
     top: int = 1,
@@ -46,10 +47,11 @@ def token_scores(
     """Negative log-likelihood of the labels; the `top` largest logits and their ids, ties to the lowest id.
 
     Gradients go to `hidden`, through the likelihood and, if `learn_top`, through the largest logits; never to the head.
-    `chunk` is how many rows of logits exist at a time; 0 chooses.
+    `raised` is added to the logits that the likelihood is made of; it has to be 0 for labels. `chunk` is how many rows
+    of logits exist at a time; 0 chooses.
     """
     options = Options((head.projection,), chunk, top, learn_top)
-    return _scores(options, hidden, jax.lax.stop_gradient(head.weight), labels)
+    return _scores(options, hidden, jax.lax.stop_gradient(head.weight), labels, raised)
 
 
 def token_distances(
@@ -64,12 +66,18 @@ def token_distances(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scores(options: Options, hidden: Array, weight: Array, labels: Array) -> tuple[Array, Array, Array]:
-    return _each_shard(partial(_local_scores, options, False), options, 3)(hidden, weight, labels)
+def _scores(
+    options: Options, hidden: Array, weight: Array, labels: Array, raised: Array | None
+) -> tuple[Array, Array, Array]:
+    run = _each_shard(partial(_local_scores, options, False), options, 3, more=[("vocab",)])
+    return run(hidden, weight, labels, raised)
 
 
-def _scores_forward(options: Options, hidden: Array, weight: Array, labels: Array) -> tuple[Any, Any]:
-    *out, slope = _each_shard(partial(_local_scores, options, True), options, 4)(hidden, weight, labels)
+def _scores_forward(
+    options: Options, hidden: Array, weight: Array, labels: Array, raised: Array | None
+) -> tuple[Any, Any]:
+    run = _each_shard(partial(_local_scores, options, True), options, 4, more=[("vocab",)])
+    *out, slope = run(hidden, weight, labels, raised)
     return tuple(out), (slope, weight, *out[1:])
 
 
@@ -78,8 +86,9 @@ def _scores_backward(options: Options, saved: tuple[Array, ...], given: tuple[Ar
     gradient = given[0][..., None].astype(slope.dtype) * slope
     if options.learn_top:
         run = _each_shard(partial(_local_top_gradient, options), options, 1, of_weight=2)
-        gradient = gradient + run(given[1] * _slope(options.projections[0], values), ids, weight).astype(slope.dtype)
-    return gradient, None, None
+        more = run(given[1] * _slope(options.projections[0], values), ids, weight)
+        gradient = gradient + more.astype(slope.dtype)
+    return gradient, None, None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)
@@ -104,15 +113,19 @@ def _distances_backward(options: Options, saved: tuple[Array, ...], given: tuple
 _distances.defvjp(_distances_forward, _distances_backward)
 
 
-def _each_shard(function: Callable[..., Any], options: Options, outputs: int, of_weight: int = 1) -> Callable[..., Any]:
-    """`function` of two arrays by row and the weight, on each device's own rows and part of the vocabulary."""
+def _each_shard(
+    function: Callable[..., Any], options: Options, outputs: int, of_weight: int = 1, more: Sequence[Axes] = ()
+) -> Callable[..., Any]:
+    """`function` of two arrays by row, the weight and `more`, on each device's own rows and part of the vocabulary."""
     rows: Any = ("batch",)
-    inputs = [rows, rows]
+    inputs = [rows, rows, *more]
     inputs.insert(of_weight, ("vocab", None) if options.projections[0].layout == "vd" else (None, "vocab"))
     return per_shard(function, inputs, (rows,) * outputs if outputs > 1 else rows)
 
 
-def _local_scores(options: Options, slopes: bool, hidden: Array, weight: Array, labels: Array) -> tuple[Array, ...]:
+def _local_scores(
+    options: Options, slopes: bool, hidden: Array, weight: Array, labels: Array, raised: Array | None
+) -> tuple[Array, ...]:
     (projection,), weight = options.projections, weight.astype(hidden.dtype)
 
     def of_rows(rows: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -120,7 +133,7 @@ def _local_scores(options: Options, slopes: bool, hidden: Array, weight: Array, 
         z = logits(projection, x, weight)
         mine = label - position("vocab") * z.shape[-1]
         here = mine[:, None] == jnp.arange(z.shape[-1])
-        p, log_sum = _softmax(z)
+        p, log_sum = _softmax(z if raised is None else z + raised)
         nll = log_sum - total(jnp.sum(jnp.where(here, z, 0.0), -1), "vocab")
         out = (nll, *_top(z, options.top))
         return (*out, _to_hidden(projection, jnp.where(here, p - 1, p), z, weight, x.dtype)) if slopes else out
