@@ -17,7 +17,7 @@ from dflash_jax.config import DrafterConfig
 from dflash_jax.models.attention import sharded_attention
 from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation
-from dflash_jax.sharding import shards
+from dflash_jax.sharding import constrain, shards
 from pallas_kernels.head_sampling import Projection
 
 
@@ -120,7 +120,7 @@ class Drafter(nnx.Module):
         c = self.config
         B, T, _ = taps.shape
         positions = lengths[:, None] + jnp.arange(T) if positions is None else positions
-        features = self.hidden_norm(self.fc(taps.astype(self.fc.kernel.dtype)))
+        features = constrain(self.hidden_norm(self.fc(taps.astype(self.fc.kernel.dtype))), "batch", "...")
         turn = rotation(positions, c.rope, features.dtype)
         keys_values = self.kv_proj(features).reshape(c.num_layers, B, T, 2, c.num_kv_heads, c.head_dim)
 
@@ -143,6 +143,7 @@ class Drafter(nnx.Module):
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"draft{i}"):
                 x = layer(x, lambda h, i=i: self._attend(i, h, cache.layers[i], lengths, page_table, turn))
+            x = constrain(x, "batch", "...")
         return self.norm(x)
 
     def _attend(

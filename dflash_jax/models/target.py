@@ -95,6 +95,9 @@ class Target(nnx.Module):
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer{i}"):
                 x, rows, logits = layer(x, layer_cache, place, deferred)
+            # Left to itself XLA may spread the width as the weights are, and then mix up devices: rows of 12 tokens on
+            # data 2 x fsdp 2 x tensor 2 came out wrong (jaxlib 0.10).
+            x = constrain(x, "batch", "...")
             layers.append(rows)
             if logits is not None:
                 routers.append(logits)
