@@ -24,9 +24,10 @@ def configurations() -> tuple[dict, dict]:
     return target, json.loads(BIG["drafter"].read_text()) | SMALL_DRAFTER
 
 
-def program(batch: int = 8, context: int = 512, config: TrainPlan = CONFIG, **sizes):
+def program(batch: int = 8, context: int = 512, config: TrainPlan = CONFIG, selector: int = 0, **sizes):
     target, drafter = configurations()
     target, drafter = TargetConfig.from_dict(target), DrafterConfig.from_dict(drafter)
+    drafter = dataclasses.replace(drafter, selector_rank=selector)
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
     made, parts = planned(target, drafter, mesh, batch, context, config)
     return target, drafter, made, {part.name: part for part in parts}
@@ -71,6 +72,14 @@ def test_micro_batches_gather_and_read_weights_anew():
     assert twice["experts"].bytes == 2 * once["experts"].bytes
     assert twice["experts"].sent == 2 * once["experts"].sent > 0
     assert twice["optimizer"].bytes - once["optimizer"].bytes == 16 * drafter  # two sums of gradients
+
+
+def test_two_losses_in_micro_batches_go_back_twice():
+    parted = dataclasses.replace(CONFIG, parts=2)
+    found = [program(config=config, selector=16)[3] for config in (CONFIG, parted)]
+    once, twice = (parts["drafter"].flops for parts in found)
+    assert twice / once == pytest.approx(7 / 4, rel=0.02)  # forward once; twice backward, and forward again
+    assert found[1]["drafter head"].flops == 1.5 * found[0]["drafter head"].flops
 
 
 def test_what_does_not_divide_is_refused():
