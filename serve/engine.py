@@ -148,7 +148,7 @@ class Engine:
     def _loop(self) -> None:
         try:
             while not self._closed:
-                if not self.step():
+                if not self.step() and not self._closed:  # that step may have taken what `close` wakes it with
                     self._take_commands(wait=True)
         except Exception as error:  # whoever waits must hear of it
             with self._lock:

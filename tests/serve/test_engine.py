@@ -2,11 +2,14 @@
 
 import logging
 import re
+import threading
+import time
 
 import jax
 import pytest
 
 from dflash_jax.errors import InputError
+from serve.engine import Engine
 from serve.requests import Request
 from tests.decoding import pairs
 from tests.serve import engines
@@ -224,6 +227,24 @@ def test_bad_requests_are_refused_at_once(engine, request_, message):
     with pytest.raises(InputError, match=message):
         engine.submit(request_)
     engines.check_idle(engine)
+
+
+def test_a_close_while_a_turn_begins_is_seen(monkeypatch):
+    engine, begun = engines.engine(), threading.Event()
+
+    def late() -> bool:
+        begun.set()
+        while engine._commands.empty():
+            time.sleep(0.001)
+        return Engine.step(engine)
+
+    monkeypatch.setattr(engine, "step", late)
+    engine.start()
+    assert begun.wait(10)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
 
 
 def test_the_thread_serves_and_ends(engine):
