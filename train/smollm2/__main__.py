@@ -12,7 +12,7 @@ from train.smollm2.weights import convert, find_file
 
 HERE = Path(__file__).parent
 CONFIG, RESPONSES = HERE / "run.yaml", HERE / "responses.jsonl.gz"
-PROMPTS = 900  # of each kind
+PROMPTS = {"library": 900, "maths": 900, "functions": 1300, "more_maths": 1100}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def main(config: SmolLM2) -> None:
     if not (out / "target" / "config.json").exists():
         convert(find_file(), out / "target")
     if config.again:
-        lines = (json.dumps(line) + "\n" for line in make_prompts(PROMPTS, PROMPTS))
+        lines = (json.dumps(line) + "\n" for line in make_prompts(**PROMPTS))
         (out / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
         source = f"data.prompts=[{out / 'prompts.jsonl'}]"
     else:
