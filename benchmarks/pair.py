@@ -8,7 +8,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +25,9 @@ class Options(Measured):
     count: int = option(20, "how many of the prompts", metavar="N")
     new_tokens: int = option(200, "tokens to generate for each", metavar="N")
     runs: int = option(5, "timed runs of each way", metavar="N")
-    width: int | None = option(None, "rows a round; chosen by the library if left out", metavar="W")
+    width: int | Literal["adaptive"] | None = option(
+        None, "rows a round; adaptive: what pays; the drafter's block if left out", metavar="W"
+    )
     json: bool = option(False, "print one JSON object")
 
 

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from dflash_jax.abstract import build, empty_state, read_config
 from dflash_jax.config import DrafterConfig, TargetConfig
-from dflash_jax.decoding.generate import run_rounds
 from dflash_jax.decoding.round import DecodeState
+from dflash_jax.decoding.run import run_rounds
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.shapes import shapes_of

@@ -174,6 +174,11 @@ class TargetCache:
         )
         return replace(self, lengths=_with_rows(self.lengths, part.lengths, slots), layers=tuple(layers))
 
+    @property
+    def rows(self) -> int:
+        """Rows of the rounds that recurrent layers have room for; 0 without such layers."""
+        return max((x.pending.weight.shape[2] for x in self.layers if isinstance(x, Recurrence)), default=0)
+
     def fitted(self, rows: int) -> "TargetCache":
         """The same for rounds of `rows` rows."""
         layers = (x.fitted(rows) if isinstance(x, Recurrence) else x for x in self.layers)

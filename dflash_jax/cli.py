@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -41,7 +41,9 @@ class GenerateOptions:
     min_p: float = option(0.0, "leave out tokens below this share of the likeliest; 0 is off", metavar="P")
     seed: int = option(0, "the same seed gives the same text", metavar="N")
     stop: tuple[str, ...] = option((), "end before this text; may be given several times", metavar="TEXT")
-    width: int | None = option(None, "rows a round, the anchor included; chosen by what was measured", metavar="W")
+    width: int | Literal["adaptive"] | None = option(
+        None, "rows a round, the anchor included; adaptive: what pays; the drafter's block if left out", metavar="W"
+    )
     draft: bool = option(True, "decode plainly, without the drafter")
     compare: bool = option(False, "also decode plainly, and print the speed ratio and whether the outputs are the same")
     echo: bool = option(False, "show the prompt before the completion")
@@ -178,12 +180,14 @@ def _command(argv: Sequence[str] | None) -> str:
 
 def _readable(message: str) -> str:
     """The parser's complaint about a value, in the words of the command line."""
-    bad = re.match(r'Parser key "(\w+)":\s+Expected an? <class \'(\w+)\'>. Got value: (.*)', message, re.DOTALL)
-    if bad is None:
+    name = re.match(r'Parser key "(\w+)":', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    kinds = re.findall(r"Expected an? (?:<class '(int|float)'>|typing.Literal\['(\w+)'\])", message)
+    if name is None or value is None or not kinds:
         return message
-    name, kind, value = bad.groups()
-    accepted = {"int": "a whole number", "float": "a number"}.get(kind, kind)
-    return f"--{name.replace('_', '-')} takes {accepted}, not {value}"
+    words = {"int": "a whole number", "float": "a number"}
+    accepted = " or ".join(words.get(kind or word, word) for kind, word in kinds)
+    return f"--{name[1].replace('_', '-')} takes {accepted}, not {value[1]}"
 
 
 def _report(message: str) -> None:

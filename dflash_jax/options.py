@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import functools
+import operator
 import types
 import typing
 from collections.abc import Callable
@@ -70,5 +72,5 @@ def _value_type(hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0]
     if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        return functools.reduce(operator.or_, (kind for kind in typing.get_args(hint) if kind is not type(None)))
     return hint

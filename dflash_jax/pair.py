@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from dflash_jax import compilation_cache
 from dflash_jax.checkpoints import load_drafter, load_target
 from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.decoding.width import Pace, usual_widths
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
@@ -60,6 +61,11 @@ class Pair:
         """The target without the drafter, for plain decoding."""
         graph, weights = nnx.split((self.target, None))
         return Graph(graph), weights
+
+    @cached_property
+    def pace(self) -> Pace:
+        """What is known of the widths that pay."""
+        return Pace(usual_widths(1 if self.drafter is None else self.drafter.config.block_size))
 
     def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """The target's logits after each token, in fp32.

@@ -9,6 +9,7 @@ import numpy as np
 
 from dflash_jax.decoding.logprobs import MOST_LOGPROBS, check_logprobs, looked_up
 from dflash_jax.decoding.sampling import SamplingPlan
+from dflash_jax.decoding.width import usual_widths
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
 from serve.device import Sizes
@@ -191,7 +192,7 @@ def _widths(pair: Pair, c: EngineConfig) -> tuple[int, ...]:
     if pair.drafter is None or not c.draft:
         return (1,)
     block = pair.drafter.config.block_size
-    widths = c.widths or (1, -(-block // 2), block)
+    widths = c.widths or usual_widths(block)
     if any(not 1 <= w <= block for w in widths) or not widths:
         raise InputError(f"widths are {widths}; give whole numbers from 1 to {block}, the drafter's block size")
     return tuple(sorted({1, *widths}))

@@ -11,9 +11,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Int, UInt32
 
-from dflash_jax.decoding.generate import PRODUCTS
 from dflash_jax.decoding.proposal import Proposal
 from dflash_jax.decoding.round import propose_round, verify_round
+from dflash_jax.decoding.run import PRODUCTS
 from dflash_jax.decoding.sampling import SamplingPlan
 from dflash_jax.sharding import constrain
 from serve.batch import put_back, taken

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dflash_jax.decoding.generate import check_min_tokens, split_stops
+from dflash_jax.decoding.checks import check_min_tokens, split_stops
 from dflash_jax.decoding.output import Output
 from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.errors import InputError

@@ -14,10 +14,10 @@ from jaxtyping import Array, Int
 
 from dflash_jax.cache import Recurrence, TargetCache
 from dflash_jax.decoding.acceptance import decide
-from dflash_jax.decoding.generate import PRODUCTS
 from dflash_jax.decoding.prefill import prefill_rows
 from dflash_jax.decoding.proposal import plain_proposal
 from dflash_jax.decoding.round import DecodeState, decode_round, emit, mask_of
+from dflash_jax.decoding.run import PRODUCTS
 from dflash_jax.decoding.sampling import SamplingPlan
 from serve.batch import put_back, taken
 from serve.device import LAST, RESUMED, Sizes, Slots

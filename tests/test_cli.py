@@ -211,6 +211,7 @@ def test_echo_shows_the_prompt_first(pair, capsys):
         (["generate", "--prompt", ""], "the prompt is empty"),
         (["generate", "--prompt", "x", "--max-new-tokens", "ten"], "--max-new-tokens takes a whole number, not ten"),
         (["generate", "--prompt", "x", "--temperature", "hot"], "--temperature takes a number, not hot"),
+        (["generate", "--prompt", "x", "--width", "wide"], "--width takes a whole number or adaptive, not wide"),
         (["generate", "--prompt", "x", "--bogus"], "--bogus"),
         (["generate", "--prompt", "x", "--compare", "--no-draft"], "leave one out"),
         (["guess"], "guess"),

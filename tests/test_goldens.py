@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 import dflash_jax
 from dflash_jax.cache import DrafterCache, KeyValues
 from dflash_jax.decoding import proposal
-from dflash_jax.decoding.generate import generate, run_rounds
+from dflash_jax.decoding.generate import generate
+from dflash_jax.decoding.run import run_rounds
 from dflash_jax.models.target import Target
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -86,7 +87,7 @@ def test_the_drafter_keeps_accepted_rows_only(case, monkeypatch):
     """In rounds that reject most of what was drafted."""
     states = []
     rounds = lambda *arguments: states.append(run_rounds(*arguments)) or states[-1]  # noqa: E731
-    monkeypatch.setattr("dflash_jax.decoding.generate.run_rounds", rounds)
+    monkeypatch.setattr("dflash_jax.decoding.run.run_rounds", rounds)
     new = len(case.tokens) - len(case.prompt)
     generate(case.pair, [case.prompt.tolist()], max_new_tokens=new)
     (state,) = states
@@ -103,7 +104,7 @@ def test_rows_past_the_committed_length_are_never_read(case, monkeypatch):
         state = replace(state, cache=replace(state.cache, layers=layers))
         return run_rounds(graph, weights, state, *arguments)
 
-    monkeypatch.setattr("dflash_jax.decoding.generate.run_rounds", rounds)
+    monkeypatch.setattr("dflash_jax.decoding.run.run_rounds", rounds)
     test_output_and_acceptance_lengths(case)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import dflash_jax
 from dflash_jax.compare import acceptance_length
-from dflash_jax.decoding.generate import check_width
+from dflash_jax.decoding.checks import check_width
 from dflash_jax.decoding.prefill import capacity
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair

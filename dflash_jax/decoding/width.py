@@ -6,11 +6,20 @@ timed dispatches. A width that is not in use is tried now and then, ever more ra
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 PROBE_FIRST, PROBE_LAST = 4, 512  # dispatches between two trials of another width
 ACCEPTANCE_RATE, COST_RATE = 0.1, 0.3  # weight of a new observation in the running averages
 HOPE = 0.7  # acceptance at each place before anything was seen
 MARGIN = 1.03  # a change has to promise this much more
+ROUNDS, TRIAL = 16, 4  # of a dispatch whose width was chosen
+
+Width = int | Literal["adaptive"]
+
+
+def usual_widths(block: int) -> tuple[int, ...]:
+    """Widths to choose among: plain decoding, half a block, a block."""
+    return tuple(sorted({1, -(-block // 2), block}))
 
 
 @dataclass
@@ -95,3 +104,27 @@ class WidthController:
     def settled(self, load: Hashable) -> bool:
         """Whether several trials in a row have changed nothing."""
         return self.fixed is not None or self._load(load).interval >= 16 * PROBE_FIRST
+
+
+class Pace:
+    """How wide and how long the dispatches of a pair are, by what all calls have measured that let it choose."""
+
+    def __init__(self, widths: Sequence[int]):
+        self._controller = WidthController(widths)
+        self._ran: set[tuple[Hashable, int]] = set()
+
+    def next(self, load: Hashable) -> tuple[int, int]:
+        """(rows a round, most rounds) of the next dispatch."""
+        width, trial = self._controller.choose(load)
+        if (load, width) not in self._ran:
+            return width, 1  # it may have to be compiled
+        return width, TRIAL if trial else ROUNDS
+
+    def saw(self, load: Hashable, width: int, counts: Sequence[Sequence[int]], seconds: float) -> None:
+        """A dispatch took so long; `counts` are the rows accepted in each round of each sequence."""
+        rounds = max(map(len, counts), default=0)
+        if width > 1:
+            self._controller.observe_counts(width, [count for row in counts for count in row])
+        if rounds and (load, width) in self._ran:
+            self._controller.observe_cost(load, width, seconds / rounds)
+        self._ran.add((load, width))

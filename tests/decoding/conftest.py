@@ -15,9 +15,9 @@ def small_chunks():
 @pytest.fixture
 def states(monkeypatch):
     """The state of the device after each dispatch, as `generate` goes on."""
-    from dflash_jax.decoding import generate
+    from dflash_jax.decoding import run
 
-    seen, run_rounds = [], generate.run_rounds
+    seen, run_rounds = [], run.run_rounds
 
     def recorded(graph, weights, state, *arguments):
         seen.append(run_rounds(graph, weights, state, *arguments))
@@ -25,5 +25,5 @@ def states(monkeypatch):
         seen[:-1] = [None] * (len(seen) - 1)
         return seen[-1]
 
-    monkeypatch.setattr(generate, "run_rounds", recorded)
+    monkeypatch.setattr(run, "run_rounds", recorded)
     return seen

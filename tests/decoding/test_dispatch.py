@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dflash_jax.decoding import generate as generate_module
-from dflash_jax.decoding.generate import _Run, generate, run_rounds
+from dflash_jax.decoding import run as run_module
+from dflash_jax.decoding.generate import generate
+from dflash_jax.decoding.run import Run, run_rounds
 from tests.decoding import pairs
 
 NEW = 20
@@ -20,8 +21,8 @@ HOST = re.compile("callback|infeed|outfeed|stablehlo.send|stablehlo.recv")
 
 def begin(settings):
     """The arguments of the first dispatch, all on the device."""
-    run = _Run(pairs.pair("qwen3_5_moe"), pairs.prompts([3, 9]), NEW, settings, (), True, None)
-    state = generate_module.prefill(run.graph, run.weights, *run.inputs, run.sampling, run.width, run.chunk)
+    run = Run(pairs.pair("qwen3_5_moe"), pairs.prompts([3, 9]), NEW, settings, (), True, None)
+    state = run_module.prefill(run.graph, run.weights, *run.inputs, run.sampling, run.width, run.chunk)
     return run.graph, run.weights, state, run.sampling, jax.device_put(np.int32(6)), run.width
 
 
@@ -39,13 +40,13 @@ def test_a_transfer_would_be_seen(monkeypatch):
     *arguments, rounds, width = begin({})
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         run_rounds(*arguments, np.asarray(rounds), width)
-    right = generate_module.decode_round
+    right = run_module.decode_round
 
     def peeping(target, drafter, state, *rest):
         jax.debug.callback(lambda known: None, state.known)
         return right(target, drafter, state, *rest)
 
-    monkeypatch.setattr(generate_module, "decode_round", peeping)
+    monkeypatch.setattr(run_module, "decode_round", peeping)
     run_rounds.clear_cache()
     text = run_rounds.lower(*arguments, rounds, width).as_text()
     run_rounds.clear_cache()

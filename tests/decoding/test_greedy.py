@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dflash_jax.cache import Recurrence, TargetCache
-from dflash_jax.decoding.generate import _Run, generate
+from dflash_jax.decoding.generate import generate
+from dflash_jax.decoding.run import Run
 from dflash_jax.models.target import Target
 from pallas_kernels.gated_delta import fold
 from tests.decoding import pairs
@@ -73,7 +74,7 @@ def test_alone_gives_the_same(family):
 def test_state_is_that_of_sequential_decoding(family, states):
     """Keys, values, recurrent state with its pending rows folded in, and convolution tails, after five rounds."""
     pair = pairs.pair(family)
-    steps = _Run(pair, pairs.prompts(LENGTHS), NEW, {}, (), True, None).dispatches(iter([5]))
+    steps = Run(pair, pairs.prompts(LENGTHS), NEW, {}, (), True, None).dispatches(iter([5]))
     next(steps), next(steps)
     (state,) = states
     lengths = np.asarray(state.cache.lengths)

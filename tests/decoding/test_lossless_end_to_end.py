@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dflash_jax.decoding import acceptance
-from dflash_jax.decoding.generate import generate, run_rounds
+from dflash_jax.decoding.generate import generate
+from dflash_jax.decoding.run import run_rounds
 from tests.decoding import pairs, reference
 from tests.decoding.test_batching import DEFAULTS
 from tests.statistics import THRESHOLD, chi_square, histogram, marginal

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,16 +43,17 @@ FINISH = (
     Part("largest", "Find the largest of {}. If there are none, return 0.", lambda x: max(x, default=0)),
     Part("smallest", "Find the smallest of {}, or 0 if the list has none.", lambda x: min(x, default=0)),
     Part("sorted", "Return a list of {} in ascending order.", sorted),
-    Part("reverse_sorted", "You are given a list of integers. Return {}, from large to small.", lambda x: sorted(x)[::-1]),
+    Part("reverse_sorted", "You are given a list of integers. Return {}, from large to small.",
+         lambda x: sorted(x)[::-1]),
     Part("first_of_each", "From the given list, collect {}. Leave out duplicates and keep the order.",
          lambda x: list(dict.fromkeys(x))),
     Part("every_second", "Take every second one of {}, starting with the first.", lambda x: x[::2]),
     Part("differences", "Compute the differences between neighbours among {}.",
-         lambda x: [b - a for a, b in zip(x, x[1:], strict=False)]),
+         lambda x: [b - a for a, b in pairwise(x)]),
     Part("running_total", "Return the running total of {} as a list.", lambda x: np.cumsum(x, dtype=int).tolist()),
     Part("any_repeated", "Check whether any value appears more than once among {}.", lambda x: len(set(x)) < len(x)),
     Part("is_increasing", "Return True if each of {} is larger than the one before it, and False otherwise.",
-         lambda x: all(a < b for a, b in zip(x, x[1:], strict=False))),
+         lambda x: all(a < b for a, b in pairwise(x))),
 )  # fmt: skip
 WORDS = (
     Part("reverse_words", "Reverse each word of the {} and keep the words in their order.",
@@ -59,7 +61,8 @@ WORDS = (
     Part("longest_word", "Find the longest word of the {}. If several are as long, return the first.",
          lambda s: max(s.split(), key=len)),
     Part("capitalize_words", "Write the first letter of each word of the {} as a capital.", str.title),
-    Part("word_lengths", "Return a list with the length of each word of the {}.", lambda s: [len(w) for w in s.split()]),
+    Part("word_lengths", "Return a list with the length of each word of the {}.",
+         lambda s: [len(w) for w in s.split()]),
     Part("first_letters", "Join the first letters of all words of the {}.", lambda s: "".join(w[0] for w in s.split())),
     Part("count_letter_e", "How many times does the letter e appear in the {}?", lambda s: s.count("e")),
     Part("unique_letters", "Return the different letters of the {} in alphabetical order.",

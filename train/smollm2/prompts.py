@@ -63,8 +63,10 @@ PROBLEMS = (
 )  # fmt: skip
 MORE_PROBLEMS = (
     "{a} sold {x} {t} in April, and half as many in May as in April. How many {t} did {a} sell in the two months?",
-    "{b} made ${y} less than {a}, and {c} made twice as much as {b}. If {a} made ${k}, what did the three make together?",
-    "A recipe needs {w} cups of flour for every {y} cookies. {a} wants to bake {k} cookies. How many cups does {a} need?",
+    "{b} made ${y} less than {a}, and {c} made twice as much as {b}. If {a} made ${k}, what did the three make "
+    "together?",
+    "A recipe needs {w} cups of flour for every {y} cookies. {a} wants to bake {k} cookies. How many cups does "
+    "{a} need?",
     "{a} runs {w} sprints of {k} metres {y} times a week. How many metres does {a} run in {z} weeks?",
     "In a class of {k} children, {x} have a dog and {p}% of the others have a cat. How many have neither?",
     "{a} fills {x} bags with {y} {t} each. {b} takes {w} bags. How many {t} are left in the bags of {a}?",
@@ -73,13 +75,16 @@ MORE_PROBLEMS = (
     "{a} types {k} words in {w} minutes. How long will {a} need for a text of {x} pages with {k} words each?",
     "A tank with {k} litres loses {w} litres an hour. After {y} hours {a} adds {x} litres. What is in the tank then?",
     "{a} had ${k}. {a} spent a quarter of it on {t} and ${x} on lunch. How much money does {a} have left?",
-    "{a}, {b} and {c} share {k} {t}. {a} takes {p}% of them, and the others share what is left equally. How many {t} does "
+    "{a}, {b} and {c} share {k} {t}. {a} takes {p}% of them, and the others share what is left equally. How "
+    "many {t} does "
     "{c} get?",
     "The rent of {a} was ${k} a month and rises by {p}%. How much more does {a} pay in a year?",
-    "{a} can paint a room in {w} hours, and has {y} rooms to paint. {a} works {x} hours a week. How many weeks does it take?",
+    "{a} can paint a room in {w} hours, and has {y} rooms to paint. {a} works {x} hours a week. How many weeks "
+    "does it take?",
     "A farmer has {x} cows and {y} times as many chickens. How many legs do the animals have altogether?",
     "{a} is half as old as {b}. {c} is {y} years younger than {b}, who is {k}. How old are the three together?",
-    "Every day {a} eats {w} eggs and sells the rest for ${x} a dozen. The hens lay {k} eggs a day. What does {a} make in a "
+    "Every day {a} eats {w} eggs and sells the rest for ${x} a dozen. The hens lay {k} eggs a day. What does "
+    "{a} make in a "
     "week?",
 )  # fmt: skip
 ASKED = ("{}", "{}", "{} Show your work step by step.", "Question: {}\nAnswer:", "Solve this problem: {}")
