@@ -46,8 +46,11 @@ def measure(options: Options) -> list[dict[str, Any]]:
     """One row of figures for each prompt."""
     import dflash_jax
     from dflash_jax.compare import acceptance_length, compare
+    from serve.bench.command import with_random_drafter
 
     pair = dflash_jax.load(options.target, options.drafter)
+    if options.random_drafter:
+        pair = with_random_drafter(pair)
     rows = []
     for prompt in load_prompts(options.prompts, chat=options.chat, count=options.count):
         result = compare(
@@ -98,7 +101,8 @@ def table(rows: list[dict[str, Any]], total: dict[str, Any]) -> Table:
     """The figures for a person."""
     out = Table(title="speculative against plain decoding", caption="tokens/s: medians, warm, prefill included")
     for name in ("prompt", "tokens", "acceptance length", "tokens/s", "plain tokens/s", "speed-up", "identical"):
-        out.add_column(name, justify="left" if name == "prompt" else "right", no_wrap=name == "prompt")
+        first = name == "prompt"
+        out.add_column(name, justify="left" if first else "right", no_wrap=first, min_width=None if first else 5)
     for row in rows:
         out.add_row(_first_line(row["prompt"]), *_cells(row))
     out.add_section()

@@ -82,7 +82,6 @@ class Run:
         self.stop_texts, stop_ids = split_stops(stop, config.vocab_size)
         self.width = check_width(pair, draft, width)  # at most
         self.pace = pair.pace if width == "adaptive" else None
-        self.graph, self.weights = pair.split if self.width > 1 else pair.split_target
         self.pair, spare = pair, -len(ids) % pair.batch_multiple
         packed = Sampling.pack(len(ids), config.vocab_size, logprobs=logprobs, **settings)
         lengths = np.array([len(i) for i in ids], np.int32)
@@ -110,6 +109,9 @@ class Run:
         inputs[2][len(ids) :] = 0  # spare rows are finished before they start
         *self.inputs, self.sampling = pair.put(inputs)
         self.load = (*tokens.shape, packed.plan)
+        if self.pace is not None and not self.pace.drafts(self.load):
+            self.width, self.pace = 1, None
+        self.graph, self.weights = pair.split if self.width > 1 else pair.split_target
 
     def dispatches(self, rounds: Iterator[int]) -> Iterator[None]:
         """Prefill, then dispatches of rounds until all is finished; the host sees the output after each."""

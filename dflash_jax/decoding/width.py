@@ -13,6 +13,7 @@ ACCEPTANCE_RATE, COST_RATE = 0.1, 0.3  # weight of a new observation in the runn
 HOPE = 0.7  # acceptance at each place before anything was seen
 MARGIN = 1.03  # a change has to promise this much more
 ROUNDS, TRIAL = 16, 4  # of a dispatch whose width was chosen
+PLAIN_CALLS = 8
 
 Width = int | Literal["adaptive"]
 
@@ -105,6 +106,10 @@ class WidthController:
         """Whether several trials in a row have changed nothing."""
         return self.fixed is not None or self._load(load).interval >= 16 * PROBE_FIRST
 
+    def settled_on_plain(self, load: Hashable) -> bool:
+        """Whether that is so for plain decoding."""
+        return self.settled(load) and self._load(load).width == 1
+
 
 class Pace:
     """How wide and how long the dispatches of a pair are, by what all calls have measured that let it choose."""
@@ -112,6 +117,17 @@ class Pace:
     def __init__(self, widths: Sequence[int]):
         self._controller = WidthController(widths)
         self._ran: set[tuple[Hashable, int]] = set()
+        self._plain_calls = 0
+
+    def drafts(self, load: Hashable) -> bool:
+        """Whether a call should take the drafter along, whose context is not free where nothing is drafted.
+
+        Where plain decoding has proved best, one call in `PLAIN_CALLS` does, to see whether that has changed.
+        """
+        if not self._controller.settled_on_plain(load):
+            return True
+        self._plain_calls += 1
+        return self._plain_calls % PLAIN_CALLS == 0
 
     def next(self, load: Hashable) -> tuple[int, int]:
         """(rows a round, most rounds) of the next dispatch."""

@@ -16,6 +16,7 @@ class Measured:
         "out", metavar="NAME",
     )  # fmt: skip
     chat: bool = option(False, "give prompts as users' messages, through the target's chat template")
+    random_drafter: bool = option(False, "noise in place of the drafter: what speculation costs where it is of no use")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,5 @@ class BenchOptions(Measured):
     temperature: float = option(0.0, "0 is greedy", metavar="T")
     slots: int = option(16, "requests that the engine runs at once", metavar="N")
     prefix_cache: bool = option(False, "keep prompts that come again, which then are not run again")
-    random_drafter: bool = option(False, "noise in place of the drafter: what speculation costs where it is of no use")
     plot: str | None = option(None, "also draw the figures; needs matplotlib", metavar="FILE.png")
     json: bool = option(False, "print one JSON object and nothing else")

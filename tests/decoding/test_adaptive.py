@@ -1,4 +1,4 @@
-"""Rounds whose width changes from dispatch to dispatch give the same tokens, and the width follows what was measured."""
+"""Rounds whose width changes give the same tokens, and the width follows what was measured."""
 
 from dataclasses import replace
 from itertools import cycle
@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dflash_jax.decoding.generate import generate, stream
-from dflash_jax.decoding.width import ROUNDS, TRIAL, Pace, usual_widths
+from dflash_jax.decoding.width import PLAIN_CALLS, ROUNDS, TRIAL, Pace, usual_widths
 from dflash_jax.errors import InputError
 from tests.decoding import pairs
 
@@ -95,6 +95,18 @@ def test_the_first_dispatch_of_a_width_is_not_timed():
     assert pace.next("another load") == (1, 1)
 
 
+def test_where_drafts_are_worth_nothing_most_calls_leave_the_drafter_out():
+    pace, seen = Clock({1: 1.0, 2: 9.0, 4: 20.0}), []
+    pair = with_pace("qwen3_5_moe", pace)
+    expected = generate(pair, PROMPTS, max_new_tokens=NEW, draft=False)
+    for _ in range(60):
+        before = len(pace.taken)
+        found = generate(pair, PROMPTS, max_new_tokens=NEW, width="adaptive")
+        assert [g.tokens for g in found] == [g.tokens for g in expected]
+        seen.append(len(pace.taken) > before)
+    assert all(seen[:4]) and seen[-4 * PLAIN_CALLS :].count(True) == 4
+
+
 def test_usual_widths():
     assert [usual_widths(block) for block in (1, 2, 3, 16)] == [(1,), (1, 2), (1, 2, 3), (1, 8, 16)]
 
@@ -103,7 +115,7 @@ def test_what_cannot_adapt_is_refused(monkeypatch):
     pair = pairs.pair("qwen3_5_moe")
     with pytest.raises(InputError, match="width is adaptive, and there is no drafter at work"):
         generate(pair, PROMPTS, width="adaptive", draft=False)
-    with pytest.raises(InputError, match="width is 'adaptiv'; give a whole number from 1 to .*, or 'adaptive'"):
+    with pytest.raises(InputError, match=r"width is 'adaptiv'; give a whole number from 1 to .*, or 'adaptive'"):
         generate(pair, PROMPTS, width="adaptiv")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="several processes"):
