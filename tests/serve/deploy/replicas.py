@@ -84,8 +84,7 @@ def main() -> None:
     config = dataclasses.replace(meshes.CONFIG, grammar=False, widths=(4,))
     serve.run(deploy(ReplicaConfig(config, f"{folder}/target", f"{folder}/drafter"), 2))
     found = asyncio.run(run(int(port)))
-    serve.shutdown()
-    ray.shutdown()
+    ray.shutdown()  # Serve with it; asked for by itself, that takes seconds
     Path(out).write_text(json.dumps(found))
 
 
