@@ -3,6 +3,7 @@
 python -m tests.train.sharded_step FOLDER MESH ...               # one process, 8 devices; FOLDER/0.npz and so on
 python -m tests.train.sharded_step FOLDER MESH --process 0 PORT  # one of two processes, 4 devices each
 python -m tests.train.sharded_step FOLDER MESH MESH --checkpoint # saved on one mesh, continued on the other
+python -m tests.train.sharded_step FOLDER MESH ... --sampled     # losses over a part of a larger vocabulary
 """
 
 import json
@@ -15,9 +16,10 @@ from tests.sharded import DRAFTER, TARGET
 SMALL_TARGET = TARGET | {"num_experts": 8}
 SMALL_DRAFTER = DRAFTER | {"num_hidden_layers": 1, "selector_rank": 8}
 STEPS = 2
+LARGE, SAMPLED = 128, 104  # a vocabulary, and a part of it that is larger than a batch
 
 
-def pair():
+def pair(vocab: int = 16):
     """Graphs, and random host weights with which the target's text depends on what came before."""
     import numpy as np
     from flax import nnx
@@ -34,8 +36,13 @@ def pair():
 
     import jax
 
-    drafter = nnx.split(nnx.eval_shape(lambda: Drafter(DrafterConfig.from_dict(SMALL_DRAFTER), rngs=nnx.Rngs(1))))
-    target = nnx.split(nnx.eval_shape(lambda: Target(TargetConfig.from_dict(SMALL_TARGET), rngs=nnx.Rngs(0))))
+    sizes = {"vocab_size": vocab}
+    drafter_config, config = (
+        DrafterConfig.from_dict(SMALL_DRAFTER | sizes),
+        TargetConfig.from_dict(SMALL_TARGET | sizes),
+    )
+    drafter = nnx.split(nnx.eval_shape(lambda: Drafter(drafter_config, rngs=nnx.Rngs(1))))
+    target = nnx.split(nnx.eval_shape(lambda: Target(config, rngs=nnx.Rngs(0))))
     return (drafter[0], target[0]), jax.tree.map(leaf, drafter[1]), jax.tree.map(leaf, target[1])
 
 
@@ -58,7 +65,7 @@ def global_batch(step: int) -> dict:
     }
 
 
-def setup(mesh):
+def setup(mesh, sampled: bool = False):
     """The loss, the step, a state and frozen weights on the mesh."""
     import functools
 
@@ -70,8 +77,8 @@ def setup(mesh):
     from train.placing import new_state, on_mesh
     from train.step import make_step
 
-    graphs, params, weights = pair()
-    config = Objective(anchors=4, loss="dpace", remat=True)
+    graphs, params, weights = pair(LARGE) if sampled else pair()
+    config = Objective(anchors=4, loss="dpace", remat=True, vocabulary=SAMPLED if sampled else 0)
     terms = functools.partial(drafter_terms, graphs, config)
     optimizer = make_optimizer(OptimizerConfig("muon", learning_rate=0.01, warmup=0.0), 10)
     state = new_state(lambda: jax.tree.map(jax.numpy.asarray, params), optimizer, mesh)
@@ -108,19 +115,33 @@ def outcome(mesh) -> dict:
     import jax
     import numpy as np
 
-    from train.placing import on_mesh
-    from train.step import gradients_of
-
     terms, step, state, frozen = setup(mesh)
-    with on_mesh(mesh):
-        batch = fed(global_batch(0), mesh)
-        _, _, gradients = jax.jit(lambda p, f, b: gradients_of(terms, p, f, b))(state.params, frozen, batch)
-    gradients = [whole(x) for x in jax.tree.leaves(gradients)]
+    _, gradients = first_gradients(terms, state, frozen, mesh)
     state, found = steps(step, state, frozen, mesh, range(STEPS))
     after = [whole(x) for x in jax.tree.leaves(state.params)]
     found += steps(step, state, frozen, mesh, [STEPS])[1]
     named = {f"{name}{i}": x for name, xs in (("gradient", gradients), ("after", after)) for i, x in enumerate(xs)}
     return named | {"losses": np.array(found)}
+
+
+def first_gradients(terms, state, frozen, mesh):
+    """The loss and the gradients of the first batch."""
+    import jax
+
+    from train.placing import on_mesh
+    from train.step import gradients_of
+
+    with on_mesh(mesh):
+        batch = fed(global_batch(0), mesh)
+        loss, _, gradients = jax.jit(lambda p, f, b: gradients_of(terms, p, f, b))(state.params, frozen, batch)
+    return whole(loss), [whole(x) for x in jax.tree.leaves(gradients)]
+
+
+def sampled(mesh) -> dict:
+    """The loss over a part of a larger vocabulary, and its gradients."""
+    terms, _, state, frozen = setup(mesh, sampled=True)
+    loss, gradients = first_gradients(terms, state, frozen, mesh)
+    return {f"gradient{i}": x for i, x in enumerate(gradients)} | {"losses": loss}
 
 
 def whole(x):
@@ -174,7 +195,7 @@ def main() -> None:
     if restored:
         found = [continued(meshes[0], Path(folder) / "run", meshes[1])]
     else:
-        found = list(map(outcome, meshes))
+        found = list(map(sampled if "--sampled" in rest else outcome, meshes))
     for i, arrays in enumerate(found):
         np.savez(Path(folder) / f"{i}.npz", **arrays)
 

@@ -98,6 +98,15 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(expected, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "0.npz")["losses"], expected["losses"][-1:], rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_part_of_the_vocabulary_is_the_same_on_a_mesh(tmp_path):
+    meshes = {"expert": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}
+    finish(start(tmp_path, *map(json.dumps, meshes), "--sampled"))
+    expected = sharded_step.sampled(None)
+    for number in range(len(meshes)):
+        assert_same(tmp_path / f"{number}.npz", expected)
+
+
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_moments_lie_where_their_parameters_do(method):
     _, params, _ = sharded_step.pair()
