@@ -11,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from benchmarks import kernels, rounds
-from benchmarks.pair import totals
+from benchmarks.pair import Options, measure, totals
 from dflash_jax.config import TargetConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -70,6 +70,12 @@ def test_totals_weigh_by_work():
     assert total["speedup"] == pytest.approx(0.8)
     assert total["acceptance_length"] == pytest.approx(300 / 75)
     assert total["identical"] is False
+
+
+def test_a_random_drafter_is_hardly_ever_right():
+    found = [measure(Options(count=1, new_tokens=24, runs=1, random_drafter=random))[0] for random in (True, False)]
+    assert all(row["identical"] for row in found)
+    assert found[0]["acceptance_length"] < 1.2 < 1.6 < found[1]["acceptance_length"]
 
 
 CONFIG = {
