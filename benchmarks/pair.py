@@ -8,11 +8,12 @@ import dataclasses
 import json
 import statistics
 import sys
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from dflash_jax.decoding.width import Width
 from dflash_jax.options import option, parser_for, read_options
 from serve.bench.options import Measured
 from serve.bench.prompts import load_prompts
@@ -25,7 +26,7 @@ class Options(Measured):
     count: int = option(20, "how many of the prompts", metavar="N")
     new_tokens: int = option(200, "tokens to generate for each", metavar="N")
     runs: int = option(5, "timed runs of each way", metavar="N")
-    width: int | Literal["adaptive"] | None = option(
+    width: Width | None = option(
         None, "rows a round; adaptive: what pays; the drafter's block if left out", metavar="W"
     )
     json: bool = option(False, "print one JSON object")

@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from jsonargparse import ArgumentParser
 
+from dflash_jax.decoding.width import Width
 from dflash_jax.errors import InputError
 from dflash_jax.options import option, parser_for, read_options
 from dflash_jax.version import __version__
@@ -41,7 +42,7 @@ class GenerateOptions:
     min_p: float = option(0.0, "leave out tokens below this share of the likeliest; 0 is off", metavar="P")
     seed: int = option(0, "the same seed gives the same text", metavar="N")
     stop: tuple[str, ...] = option((), "end before this text; may be given several times", metavar="TEXT")
-    width: int | Literal["adaptive"] | None = option(
+    width: Width | None = option(
         None, "rows a round, the anchor included; adaptive: what pays; the drafter's block if left out", metavar="W"
     )
     draft: bool = option(True, "decode plainly, without the drafter")

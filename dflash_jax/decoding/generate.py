@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from dflash_jax.decoding.output import Generation, Piece
-from dflash_jax.decoding.run import ROUNDS_PER_DISPATCH, Run
+from dflash_jax.decoding.run import Run
 from dflash_jax.decoding.width import Width
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
 from dflash_jax.text import Prompt
+
+ROUNDS_PER_DISPATCH = 16  # of a stream, or where stop strings have to be looked for
 
 
 def generate(

@@ -22,8 +22,6 @@ from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
 from dflash_jax.text import Prompt
 
-ROUNDS_PER_DISPATCH = 16  # of a stream, or where stop strings have to be looked for
-
 # XLA's newer library of products for the CPU (YNNPACK) is slower for the few rows of a round: 2.7 against 2.1 ms for 8
 # rows of the embedded pair, 0.81 against 0.68 for one. Vectors of 512 bits, where the CPU has them, and maxima that do
 # not look for NaN save 5% each. Other platforms do not look at these options.

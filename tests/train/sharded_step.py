@@ -37,10 +37,8 @@ def pair(vocab: int = 16):
     import jax
 
     sizes = {"vocab_size": vocab}
-    drafter_config, config = (
-        DrafterConfig.from_dict(SMALL_DRAFTER | sizes),
-        TargetConfig.from_dict(SMALL_TARGET | sizes),
-    )
+    drafter_config = DrafterConfig.from_dict(SMALL_DRAFTER | sizes)
+    config = TargetConfig.from_dict(SMALL_TARGET | sizes)
     drafter = nnx.split(nnx.eval_shape(lambda: Drafter(drafter_config, rngs=nnx.Rngs(1))))
     target = nnx.split(nnx.eval_shape(lambda: Target(config, rngs=nnx.Rngs(0))))
     return (drafter[0], target[0]), jax.tree.map(leaf, drafter[1]), jax.tree.map(leaf, target[1])
