@@ -148,7 +148,7 @@ class Dispatcher:
         rounds = c.rounds_while_filling if others else c.sizes.rounds
         share = sum(self._can_draft(r) for r in rows) / len(rows)
         width, trial = self.controller.choose(load, share)
-        plain = width == 1 and (share == 0 or self.controller.settled(load))
+        plain = share == 0 or (width == 1 and self.controller.settled_on_plain(load))
         rounds = min(rounds, 2) if trial else rounds
         plan = Plan(bucket, settings, width, self._drafts and not plain, rounds, load)
         return plan, plan.of(rounds=1)

@@ -107,8 +107,8 @@ class WidthController:
         return self.fixed is not None or self._load(load).interval >= 16 * PROBE_FIRST
 
     def settled_on_plain(self, load: Hashable) -> bool:
-        """Whether that is so for plain decoding."""
-        return self.settled(load) and self._load(load).width == 1
+        """Whether that is so, and the width in use is plain decoding."""
+        return self.settled(load) and (self.fixed or self._load(load).width) == 1
 
 
 class Pace:
