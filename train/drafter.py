@@ -123,15 +123,16 @@ def tap_caches(
     """
     if setting.data.taps == "online":
         return None, None
-    folder, size = setting.out / "taps", config.batch
-    caches = [
-        make_taps(setting.target, architecture.tap_ids, documents, folder / name, setting.mesh, size)
-        for name, documents in (("learned", setting.learned), ("held_out", setting.held_out))
-        if len(documents)
-    ]
-    if None in caches:
-        return None
-    return caches[0], (caches[1] if len(caches) > 1 else None)
+    caches: list[TapCache | None] = []
+    for name, documents in (("learned", setting.learned), ("held_out", setting.held_out)):
+        folder = setting.out / "taps" / name
+        made = None
+        if len(documents):
+            made = make_taps(setting.target, architecture.tap_ids, documents, folder, setting.mesh, config.batch)
+            if made is None:
+                return None
+        caches.append(made)
+    return caches[0], caches[1]
 
 
 def make_task(

@@ -89,7 +89,7 @@ def _taps(
 def make_taps(
     target: Target, tap_ids: tuple[int, ...], documents: Documents, folder: Path, mesh: Any, batch: int
 ) -> TapCache | None:
-    """The cache in `folder`, with what is missing in it made; None if it was stopped before all of it is there.
+    """The cache in `folder`, with what is missing in it made; None if it was stopped meanwhile.
 
     InputError for a folder that holds the taps of other documents, layers or another target.
     """
@@ -104,6 +104,7 @@ def make_taps(
     missing = [k for k in cache.missing(len(documents)) if k % share.count == share.index]
     barrier("missing taps")
     pair = Pair(target, None, Tokenizer(None, folder), mesh)
+    stopped = False
     with listen(together=False) as stop, bar("taps", len(missing)) as show:
         for turn, k in enumerate(missing):
             numbers = range(k * PER_FILE, min((k + 1) * PER_FILE, len(documents)))
@@ -111,10 +112,11 @@ def make_taps(
             if share.writes:
                 cache.write(k, [made[i] for i in numbers])
             show(turn + 1, f"{len(numbers)} documents a file")
-            if stop(turn + 1):
+            stopped = stop(turn + 1)
+            if stopped:
                 break
     barrier("taps")
-    return None if cache.missing(len(documents)) else cache
+    return None if stopped or cache.missing(len(documents)) else cache
 
 
 def _of_documents(

@@ -1,7 +1,9 @@
 """Training a drafter on documents: exact resume, a first stage to start from, taps from disk, figures."""
 
 import dataclasses
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from dflash_jax.checkpoints import save_drafter
 from dflash_jax.errors import InputError
 from dflash_jax.text import Tokenizer
 from tests.train.small import CONFIG, MASK, SMALL, VOCAB, drafter, responses
+from train import taps
 from train.architecture import tap_ids
 from train.data import DataConfig, Part
 from train.drafter import Setting, started, train_drafter
@@ -82,6 +85,24 @@ def test_taps_from_disk_give_the_losses_of_taps_made_in_the_step(target, tmp_pat
     other = dataclasses.replace(setting(target, tmp_path / "cache"), data=cached, learned=responses(6, seed=9))
     with pytest.raises(InputError, match="holds taps made with another documents"):
         train_drafter(QUICK, other)
+
+
+def test_a_run_stopped_while_it_makes_taps_does_not_begin_those_of_the_held_out_documents(target, tmp_path):
+    cached = dataclasses.replace(setting(target, tmp_path), data=dataclasses.replace(DATA, taps="cache"))
+    usual = signal.getsignal(signal.SIGTERM)
+
+    def stop_once_taps_are_made(*arguments):
+        if signal.getsignal(signal.SIGTERM) is not usual:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    real = taps._taps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taps, "_taps", stop_once_taps_are_made)
+        _, done = train_drafter(QUICK, cached)
+    assert not done
+    assert [path.name for path in (tmp_path / "taps").iterdir()] == ["learned"]
+    assert train_drafter(QUICK, cached)[1]
 
 
 def test_a_dflash_drafter_starts_a_dflash2_one_that_predicts_the_same(target, tmp_path):
