@@ -34,8 +34,11 @@ class RegenerateConfig:
         drafter: one made for the target, for speed: the responses are the target's own with it or without
         longest: tokens of the longest prompt; longer ones are left out
         response: tokens of a response; it ends sooner at an end token
+        own_prompts: messages that the target makes up itself, to answer beside data.prompts; takes a chat template
+        own_openings: how these begin, in turn, as "Write a Python function"
         sampled: fraction of the responses drawn at `temperature`, the others are greedy
         temperature: of those
+        stop: ids of tokens that end a response, beside the target's end tokens
         batch: prompts decoded at once
         seed: of the draws; every prompt has its own
     """
@@ -43,8 +46,11 @@ class RegenerateConfig:
     drafter: str | None = None
     longest: int = 2048
     response: int = 2048
+    own_prompts: int = 0
+    own_openings: tuple[str, ...] = ("",)
     sampled: float = 0.25
     temperature: float = 1.0
+    stop: tuple[int, ...] = ()
     batch: int = 64
     seed: int = 0
 
@@ -89,6 +95,7 @@ def write_batch(
         max_new_tokens=config.response,
         temperature=[config.temperature if is_sampled(config, i) else 0.0 for i in ids],
         seed=[int(generator(config.seed, 3, i).integers(2**32)) for i in ids],
+        stop=config.stop,
     )
     pairs = list(zip(batch.ids, made, strict=False))  # without the filling
     responses = [Response(i, len(prompts[i]), [*prompts[i], *one.tokens], one.finish_reason) for i, one in pairs]

@@ -9,15 +9,25 @@ import dflash_jax
 from dflash_jax.errors import InputError
 from train.chat import prompt_ids
 from train.data import DataConfig
+from train.own_prompts import make_own_prompts
 from train.records import JsonLines
 from train.regenerate import RegenerateConfig, regenerate
 
 
 def make_responses(target: str, out: Path, data: DataConfig, config: RegenerateConfig, mesh: Mesh | None) -> bool:
     """Responses to data.prompts in out/responses; False if it was stopped before the last."""
-    if not data.prompts:
-        raise InputError("data.prompts is empty; give JSONL files of texts or chat messages to answer")
+    if not data.prompts and not config.own_prompts:
+        raise InputError(
+            "data.prompts is empty; give JSONL files of texts or chat messages to answer, or regenerate.own_prompts"
+        )
     pair: Any = dflash_jax.load(target, config.drafter, mesh=mesh)
-    lines = JsonLines(data.prompts)
-    prompts = [prompt_ids(pair.tokenizer, lines[i], data.template) for i in range(len(lines))]
+    prompts = []
+    if data.prompts:
+        lines = JsonLines(data.prompts)
+        prompts += [prompt_ids(pair.tokenizer, lines[i], data.template) for i in range(len(lines))]
+    if config.own_prompts:
+        own = make_own_prompts(pair, config, data.template, out / "own_prompts")
+        if own is None:
+            return False
+        prompts += own
     return regenerate(pair, prompts, config, out / "responses")

@@ -81,11 +81,8 @@ def main(run: DrafterRun) -> bool:
     folder = find_folder(run.target, "target")
     tokenizer = load_tokenizer(folder)
     mask = mask_token(run, tokenizer)
-    if (
-        run.data.prompts
-        and not run.data.responses
-        and not make_responses(run.target, run.out, run.data, run.regenerate, mesh)
-    ):
+    answered = bool(run.data.prompts or run.regenerate.own_prompts) and not run.data.responses
+    if answered and not make_responses(run.target, run.out, run.data, run.regenerate, mesh):
         return False
     config, target = load_target(folder, None, mesh)
     tokenizer = load_tokenizer(folder, config.vocab_size)
