@@ -4,35 +4,69 @@ import ast
 import gzip
 import json
 import re
+from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
+from flax import nnx
 
+from dflash_jax.config import TargetConfig
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.shapes import shapes_of
 from train.configuration import read_config
+from train.records import JsonLines
 from train.run import DrafterRun
-from train.smollm2.__main__ import CONFIG, PROMPTS, RESPONSES
+from train.smollm2 import __main__ as script
+from train.smollm2.__main__ import HERE, PROMPTS, RESPONSES
 from train.smollm2.functions import make_function
 from train.smollm2.prompts import make_prompts
 
 VOCAB, END = 49152, 2
+TARGET = TargetConfig.from_dict({
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "intermediate_size": 1536, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True, "rope_theta": 100000.0,
+})  # fmt: skip
 
 
-def test_the_configuration_can_be_read():
-    run = read_config(DrafterRun, CONFIG, ["data.responses=[responses.jsonl]"])
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+def test_the_configurations_have_room_for_every_text_and_a_drafter_to_ship(on):
+    run = read_config(DrafterRun, HERE / f"{on}.yaml", ["data.responses=[responses.jsonl]"])
     training = run.training
-    assert training.batch * run.data.length < training.vocabulary < VOCAB  # room for all tokens of a step
+    assert not training.vocabulary or training.batch * run.data.length < training.vocabulary < VOCAB
     assert run.regenerate.longest + run.regenerate.response <= run.data.length
+    shapes = shapes_of(lambda rngs: Drafter(training.architecture.drafter_config(TARGET, run.mask_token), rngs=rngs))
+    assert 15e6 < 2 * sum(x.size for x in jax.tree.leaves(nnx.state(shapes))) < 25e6  # bytes in bfloat16
 
 
 def test_responses_fit_the_run():
-    run = read_config(DrafterRun, CONFIG)
+    run = read_config(DrafterRun, HERE / "cpu.yaml")
     lines = [json.loads(line) for line in gzip.decompress(RESPONSES.read_bytes()).splitlines()]
-    assert len({line["id"] for line in lines}) == len(lines) > 0.9 * sum(PROMPTS.values())
+    assert len({line["id"] for line in lines}) == len(lines) > 0.9 * sum(PROMPTS["cpu"].values())
     for line in lines:
         tokens, prompt = line["tokens"], line["prompt"]
         assert 0 < prompt <= run.regenerate.longest
         assert 0 < len(tokens) - prompt <= run.regenerate.response
         assert all(0 <= token < VOCAB for token in tokens)
         assert (tokens[-1] == END) == (line["finish_reason"] == "stop")
+
+
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+def test_each_run_gets_its_prompts_or_responses(on, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "find_file", Path)
+    monkeypatch.setattr(script, "convert", lambda file, folder: folder.mkdir(parents=True))
+    monkeypatch.setitem(PROMPTS, "gpu", {"library": 3, "maths": 1, "functions": 2, "more_maths": 1})
+    seen = []
+    monkeypatch.setattr(script, "train", lambda *given, check: seen.append((given, check)) or 0)
+    with pytest.raises(SystemExit):
+        script.main(script.SmolLM2(on=on, changes=("training.loop.steps=7",)))
+    (((what, config, changes), check),) = seen
+    run = read_config(DrafterRun, Path(config), changes)
+    assert what == "drafter" and not check and run.training.loop.steps == 7
+    given = run.data.responses if on == "cpu" else run.data.prompts
+    assert len(JsonLines(given)) == (7 if on == "gpu" else 4156)
 
 
 def test_prompts_are_the_same_every_time_and_of_all_kinds():

@@ -5,14 +5,18 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 from train.command import command, train
 from train.smollm2.prompts import make_prompts
 from train.smollm2.weights import convert, find_file
 
 HERE = Path(__file__).parent
-CONFIG, RESPONSES = HERE / "run.yaml", HERE / "responses.jsonl.gz"
-PROMPTS = {"library": 900, "maths": 900, "functions": 1300, "more_maths": 1100}
+RESPONSES = HERE / "responses.jsonl.gz"
+PROMPTS = {
+    "cpu": {"library": 900, "maths": 900, "functions": 1300, "more_maths": 1100},
+    "gpu": {"library": 10_000, "maths": 6000, "functions": 8000, "more_maths": 6000},  # all that the library has
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +24,12 @@ class SmolLM2:
     """A DFlash 2 drafter for SmolLM2-135M-Instruct, from responses that the model wrote.
 
     Args:
-        again: let the model write its responses again, instead of taking those that come with this script
+        on: "gpu" has the model write ten times as many responses, and trains on sixty times as many blocks
+        again: on "cpu" too, let the model write its responses, instead of taking those that come with this script
         changes: to the run, as training.loop.steps=100
     """
 
+    on: Literal["cpu", "gpu"] = "cpu"
     again: bool = False
     changes: tuple[str, ...] = ()
 
@@ -33,14 +39,15 @@ def main(config: SmolLM2) -> None:
     out = Path("runs/smollm2")
     if not (out / "target" / "config.json").exists():
         convert(find_file(), out / "target")
-    if config.again:
-        lines = (json.dumps(line) + "\n" for line in make_prompts(**PROMPTS))
-        (out / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
-        source = f"data.prompts=[{out / 'prompts.jsonl'}]"
+    if config.again or config.on == "gpu":
+        prompts = out / f"prompts-{config.on}.jsonl"
+        lines = (json.dumps(line) + "\n" for line in make_prompts(**PROMPTS[config.on]))
+        prompts.write_text("".join(lines), encoding="utf-8")
+        source = f"data.prompts=[{prompts}]"
     else:
         (out / "responses.jsonl").write_bytes(gzip.decompress(RESPONSES.read_bytes()))
         source = f"data.responses=[{out / 'responses.jsonl'}]"
-    sys.exit(train("drafter", str(CONFIG), (source, *config.changes), check=False))
+    sys.exit(train("drafter", str(HERE / f"{config.on}.yaml"), (source, *config.changes), check=False))
 
 
 if __name__ == "__main__":
