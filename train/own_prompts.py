@@ -51,7 +51,7 @@ def make_own_prompts(
         )
     changes = {"sampled": 1.0, "temperature": 1.0, "stop": tuple(closing[:1]), "seed": config.seed + 1}
     begun = [openings[i % len(openings)] for i in range(config.own_prompts)]
-    if not regenerate(pair, begun, replace(config, response=room, **changes), folder):
+    if not regenerate(pair, begun, replace(config, response=room, **changes), folder, "own prompts"):
         return None
     lines = JsonLines((folder,))
     written = map(lines.__getitem__, range(len(lines)))

@@ -110,7 +110,9 @@ def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def regenerate(pair: Pair, prompts: Sequence[Sequence[int]], config: RegenerateConfig, folder: Path) -> bool:
+def regenerate(
+    pair: Pair, prompts: Sequence[Sequence[int]], config: RegenerateConfig, folder: Path, what: str = "responses"
+) -> bool:
     """Writes responses to all prompts (token ids) into `folder`, a JSONL file a batch; False if it was stopped first.
 
     Goes on where an earlier run stopped. InputError for a folder of other prompts or settings, or prompts that are all
@@ -123,9 +125,9 @@ def regenerate(pair: Pair, prompts: Sequence[Sequence[int]], config: RegenerateC
             f"none of {len(prompts)} prompts has up to {config.longest} tokens; give shorter ones, or a larger longest"
         )
     facts = {**dataclasses.asdict(config), "prompts": fingerprint(prompts), "width": width}
-    claim(folder / "made_from.json", facts, "responses")
+    claim(folder / "made_from.json", facts, what)
     share = Share.of(pair.mesh)
-    for k, responses in _written(pair, prompts, config, batches, share, folder):
+    for k, responses in _written(pair, prompts, config, batches, share, folder, what):
         if share.writes:
             write_responses(folder / f"{k:06d}.jsonl", responses)
     barrier("responses")
@@ -134,14 +136,14 @@ def regenerate(pair: Pair, prompts: Sequence[Sequence[int]], config: RegenerateC
 
 def _written(
     pair: Pair, prompts: Sequence[Sequence[int]], config: RegenerateConfig, batches: list[Batch], share: Share,
-    folder: Path,
+    folder: Path, what: str,
 ) -> Iterator[tuple[int, list[Response]]]:  # fmt: skip
     """(number, responses) of this process' missing batches, with a progress bar, until all are there or SIGTERM."""
     mine = share.pieces(len(batches))
     missing = [k for k in mine if not (folder / f"{k:06d}.jsonl").exists()]
     barrier("missing responses")  # all have looked before one of them writes
     start, tokens, rounds = time.monotonic(), 0, []
-    with listen(together=False) as stop, bar("responses", sum(len(batches[k].ids) for k in mine)) as show:
+    with listen(together=False) as stop, bar(what, sum(len(batches[k].ids) for k in mine)) as show:
         done = sum(len(batches[k].ids) for k in mine if k not in missing)
         show(done, "")
         for turn, k in enumerate(missing):
