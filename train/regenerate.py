@@ -124,7 +124,9 @@ def regenerate(
         raise InputError(
             f"none of {len(prompts)} prompts has up to {config.longest} tokens; give shorter ones, or a larger longest"
         )
-    facts = {**dataclasses.asdict(config), "prompts": fingerprint(prompts), "width": width}
+    settings = dataclasses.asdict(config).items()  # without those of the prompts, and of what older runs could not set
+    facts = {name: value for name, value in settings if value != () and not name.startswith("own_")}
+    facts |= {"prompts": fingerprint(prompts), "width": width}
     claim(folder / "made_from.json", facts, what)
     share = Share.of(pair.mesh)
     for k, responses in _written(pair, prompts, config, batches, share, folder, what):

@@ -155,5 +155,14 @@ def test_a_folder_of_other_responses_is_refused(pair, whole):
         regenerate(pair, prompts(), dataclasses.replace(CONFIG, response=9), whole)
     with pytest.raises(InputError, match="holds responses made with another prompts"):
         regenerate(pair, prompts(9), CONFIG, whole)
+    with pytest.raises(InputError, match="holds responses made with another stop"):
+        regenerate(pair, prompts(), dataclasses.replace(CONFIG, stop=(4,)), whole)
     with pytest.raises(InputError, match="none of 2 prompts has up to 12 tokens"):
         regenerate(pair, [[5] * 13] * 2, CONFIG, whole)
+
+
+def test_settings_that_change_no_response_are_not_looked_at(pair, whole, monkeypatch):
+    """So a folder that was begun before they existed goes on."""
+    monkeypatch.setattr(module, "write_batch", lambda *given: pytest.fail("writes again"))
+    assert not {"own_prompts", "own_openings", "stop"} & json.loads((whole / "made_from.json").read_text()).keys()
+    assert regenerate(pair, prompts(), dataclasses.replace(CONFIG, own_prompts=7, own_openings=("A",)), whole)
