@@ -95,24 +95,27 @@ def _at_once(loss: Loss, params: Pytree, frozen: Pytree, batch: Pytree, _: int) 
 
 
 def _in_parts(loss: Loss, params: Pytree, frozen: Pytree, batch: Pytree, parts: int) -> tuple[Any, Any, Pytree]:
-    """Each term's gradient is summed on its own, because its weight over the whole batch is known only at the end."""
+    """Each term's gradient is summed on its own, because its weight over the whole batch is known only at the end.
 
-    def of_part(part: Pytree) -> tuple[Any, Any, Any]:
+    They are made one after the other: at once they would take the memory of as many backward passes.
+    """
+
+    def of_part(part: Pytree) -> tuple[Any, Any, Pytree]:
         def totals(params: Pytree) -> tuple[dict[str, Array], Any]:
             terms, metrics = map(_ratios, loss(params, frozen, part))
             return {name: term.total for name, term in terms.items()}, (terms, metrics)
 
         sums, pull, (terms, metrics) = jax.vjp(totals, params, has_aux=True)
-        one = ({other: jnp.full_like(x, other == name) for other, x in sums.items()} for name in sums)
-        return terms, metrics, [constrain_state(pull(chosen)[0]) for chosen in one]
+        each = dict(zip(sums, jnp.eye(len(sums)), strict=True))
+        return terms, metrics, jax.lax.map(lambda one: constrain_state(pull(one)[0]), each)
 
     cut = split(batch, parts)
     shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], cut))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), zeros, cut)
     terms, metrics, gradients = total
-    weights = [jnp.maximum(term.weight, 1e-9) for term in terms.values()]
-    return terms, metrics, jax.tree.map(lambda *g: sum(x / w for x, w in zip(g, weights, strict=True)), *gradients)
+    shares = 1 / jnp.stack([jnp.maximum(term.weight, 1e-9) for term in terms.values()])
+    return terms, metrics, jax.tree.map(lambda each: jnp.tensordot(shares, each, 1), gradients)
 
 
 def split(batch: Pytree, parts: int) -> Pytree:
