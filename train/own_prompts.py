@@ -38,8 +38,10 @@ def make_own_prompts(
     """Token ids of the different ones among `config.own_prompts` messages; None if it was stopped.
 
     Drawn at temperature 1 and kept in `folder`, as `regenerate` does it. Messages that do not end within
-    `config.longest` are left out. InputError where none is left, or there is no room for any.
+    `config.longest` are left out. InputError where none is left, there is no room for any, or no opening.
     """
+    if not config.own_openings:
+        raise InputError('own_openings is empty; give how messages begin, [""] for nothing')
     before, after = around_a_message(pair.tokenizer, template)
     openings = [_ids(pair.tokenizer, before + begin) for begin in config.own_openings]
     closing = _ids(pair.tokenizer, after)

@@ -68,6 +68,8 @@ def test_they_are_answered_beside_the_prompts_that_are_given(folder, made, tmp_p
 def test_what_cannot_give_any_is_refused_in_one_line(pair, folder, tmp_path):
     with pytest.raises(InputError, match="longest is 20, and the chat template and the opening have"):
         make_own_prompts(pair, dataclasses.replace(CONFIG, longest=20), {}, tmp_path / "short")
+    with pytest.raises(InputError, match="own_openings is empty; give how messages begin"):
+        make_own_prompts(pair, dataclasses.replace(CONFIG, own_openings=()), {}, tmp_path / "none")
     with pytest.raises(InputError, match="none of 1 messages that the target began ended within 1 tokens"):
         few = dataclasses.replace(CONFIG, own_prompts=1, own_openings=("",), longest=20)
         make_own_prompts(pair, few, {}, tmp_path / "few")
