@@ -1,5 +1,7 @@
 """What the commands of this package have in common, and `dflash train`."""
 
+import argparse
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +16,20 @@ from train.memory import keep_memory
 Config = TypeVar("Config")
 
 
+class _AsWritten(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that begins with the configuration's docstring, in its lines."""
+
+
 def command(kind: type[Config], work: Callable[[Config], None]) -> None:
     """Reads a configuration from the command line and does the work; bad input ends in one line."""
-    config: Any = jsonargparse.auto_cli(kind, as_positional=False)
+    module = sys.modules["__main__"].__spec__
+    config: Any = jsonargparse.auto_cli(
+        kind,
+        as_positional=False,
+        prog=f"python -m {module.name.removesuffix('.__main__')}" if module else None,
+        description=inspect.getdoc(kind),
+        formatter_class=_AsWritten,
+    )
     keep_memory()
     try:
         work(config)

@@ -14,6 +14,7 @@ from flax import nnx
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.shapes import shapes_of
+from train.command import command
 from train.configuration import read_config
 from train.records import JsonLines
 from train.run import DrafterRun
@@ -67,6 +68,13 @@ def test_each_run_gets_its_prompts_or_responses(on, tmp_path, monkeypatch):
     assert what == "drafter" and not check and run.training.loop.steps == 7
     given = run.data.responses if on == "cpu" else run.data.prompts
     assert len(JsonLines(given)) == (7 if on == "gpu" else 4156)
+
+
+def test_its_help_says_what_the_options_mean(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["", "--help"])
+    with pytest.raises(SystemExit):
+        command(script.SmolLM2, script.main)
+    assert "\n    changes: to the run, as training.loop.steps=100\n" in capsys.readouterr().out
 
 
 def test_prompts_are_the_same_every_time_and_of_all_kinds():
