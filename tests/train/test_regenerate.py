@@ -161,6 +161,16 @@ def test_a_folder_of_other_responses_is_refused(pair, whole):
         regenerate(pair, [[5] * 13] * 2, CONFIG, whole)
 
 
+def test_stop_tokens_end_responses_beside_the_target_s_own(pair, tmp_path):
+    stop = tuple(range(2, 12))
+    assert regenerate(pair, prompts(), dataclasses.replace(CONFIG, stop=stop), tmp_path)
+    made = [(line["tokens"][line["prompt"] :], line["finish_reason"]) for line in read(tmp_path)]
+    assert any(tokens[-1] in stop for tokens, _ in made)
+    for tokens, reason in made:
+        assert not {END, *stop} & set(tokens[:-1])
+        assert (reason == "stop") == (tokens[-1] in (END, *stop))
+
+
 def test_settings_that_change_no_response_are_not_looked_at(pair, whole, monkeypatch):
     """So a folder that was begun before they existed goes on."""
     monkeypatch.setattr(module, "write_batch", lambda *given: pytest.fail("writes again"))

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 RESPONSES = HERE / "responses.jsonl.gz"
 PROMPTS = {
     "cpu": {"library": 900, "maths": 900, "functions": 1300, "more_maths": 1100},
-    "gpu": {"library": 10_000, "maths": 6000, "functions": 8000, "more_maths": 6000},  # all that the library has
+    "gpu": {"library": 10_000, "maths": 6000, "functions": 8000, "more_maths": 6000},  # the library has 1,605
 }
 
 
