@@ -1,8 +1,8 @@
 """One call, several implementations: the platform a program is lowered for chooses, or the caller does."""
 
 import json
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Hashable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,23 +17,31 @@ def dispatch(
     reference: Callable[..., Any],
     tpu: Callable[..., Any] | None = None,
     gpu: Callable[..., Any] | None = None,
+    **options: Hashable,
 ) -> Any:
     """Call the implementation asked for, or that of the platform (`jax.lax.platform_dependent`: decided in lowering).
 
     An implementation that is None does not take these shapes or options: its platform runs the reference.
-    ValueError if such a one is asked for by name.
+    ValueError if such a one is asked for by name. Give functions of a module, which the layers of a model share.
     """
     chosen = {"reference": reference, "tpu": tpu, "gpu": gpu}
     if implementation is None:
-        kernels = {name: kernel for name, kernel in (("tpu", tpu), ("cuda", gpu)) if kernel is not None}
-        if not kernels:
-            return reference(*arguments)
-        return jax.lax.platform_dependent(*arguments, default=reference, **kernels)
+        return _by_platform(arguments, reference, tpu, gpu, tuple(sorted(options.items())))
     if implementation not in chosen:
         raise ValueError(f"implementation is {implementation!r}; give one of {', '.join(chosen)}, or None")
     if (call := chosen[implementation]) is None:
         raise ValueError(f"the {implementation} implementation does not take these shapes; give implementation=None")
-    return call(*arguments)
+    return call(*arguments, **options)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _by_platform(
+    arguments: tuple[Any, ...], reference: Callable[..., Any], tpu: Any, gpu: Any, options: tuple[tuple[str, Any], ...]
+) -> Any:
+    """Jitted, so that what is alike in all layers is traced and lowered once: a kernel for GPUs takes half a second."""
+    kernels = {name: partial(kernel, **dict(options)) for name, kernel in (("tpu", tpu), ("cuda", gpu)) if kernel}
+    default = partial(reference, **dict(options))
+    return jax.lax.platform_dependent(*arguments, default=default, **kernels) if kernels else default(*arguments)
 
 
 @cache

@@ -79,52 +79,8 @@ class Experts(nnx.Module):
         kernel = all(gpu.takes(x, p) for p in params[:2])
         return dispatch(
             None, x, chosen, jnp.where(here, weights, 0), here, *params,
-            reference=self._gathered if few else self._grouped, tpu=self._grouped,
-            gpu=self._slotted if kernel else self._grouped,
+            reference=_gathered if few else _grouped, tpu=_grouped, gpu=_slotted if kernel else _grouped, moe=self.moe,
         )  # fmt: skip
-
-    def _gathered(
-        self, x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any
-    ) -> Array:
-        """Each row's own expert matrices, gathered."""
-        chosen = jnp.where(here, chosen, 0)
-        h = jnp.matmul(x[:, None, None, None], gate_up[chosen].astype(x.dtype))[..., 0, :]  # [R k 2 F]
-        h = h if bias is None else h + bias[chosen].astype(x.dtype)
-        y = jnp.matmul(activate(self.moe, h)[:, :, None], down[chosen].astype(x.dtype))[:, :, 0]
-        y = y if after is None else y + after[chosen].astype(x.dtype)
-        return jnp.sum(y * weights[..., None], 1)
-
-    def _grouped(
-        self, x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any
-    ) -> Array:
-        """Rows sorted by expert, those of no expert here at the end; one product a group."""
-        (rows, k), E = chosen.shape, len(down)
-        flat = jnp.where(here, chosen, E).reshape(-1)
-        order = jnp.argsort(flat)
-        expert, sizes = flat[order], jnp.bincount(flat, length=E)
-        h = grouped_pair(x[order // k], gate_up.astype(x.dtype), sizes)
-        h = h if bias is None else h + bias[jnp.minimum(expert, E - 1)].astype(x.dtype)
-        y = grouped_matmul(activate(self.moe, h), down.astype(x.dtype), sizes)
-        y = y if after is None else y + after[jnp.minimum(expert, E - 1)].astype(x.dtype)
-        y = jnp.where((expert < E)[:, None], y * weights.reshape(-1)[order][:, None], 0)
-        # Gathered and not scattered: scattered rows are added up in any order on a GPU, and one by one on a TPU.
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
-        return jnp.sum(y[place].reshape(rows, k, -1), 1)
-
-    def _slotted(
-        self, x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any
-    ) -> Array:
-        """Rows where the GPU's kernel wants them."""
-        (rows, k), E = chosen.shape, len(down)
-        expert = jnp.where(here, chosen, E).reshape(-1)
-        slots = gpu.Slots.of(expert, E)
-        own = jnp.minimum(expert, E - 1)[slots.source]
-        h = slots.product(x[slots.source // k], gate_up)
-        h = h if bias is None else h + bias[own].astype(x.dtype)
-        y = slots.product(activate(self.moe, h), down[:, None])[:, 0]
-        y = y if after is None else y + after[own].astype(x.dtype)
-        y = y[slots.slots].reshape(rows, k, -1) * weights[..., None]
-        return jnp.sum(jnp.where(here[..., None], y, 0), 1)
 
 
 class DenseExperts(Experts):
@@ -140,6 +96,55 @@ class DenseExperts(Experts):
         h = (activate(self.moe, h) * share[..., None]).reshape(len(x), -1)
         y = h @ down.reshape(h.shape[1], -1)
         return y if after is None else y + share @ after
+
+
+def _gathered(
+    x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any,
+    *, moe: MoeConfig,
+) -> Array:  # fmt: skip
+    """Each row's own expert matrices, gathered."""
+    chosen = jnp.where(here, chosen, 0)
+    h = jnp.matmul(x[:, None, None, None], gate_up[chosen].astype(x.dtype))[..., 0, :]  # [R k 2 F]
+    h = h if bias is None else h + bias[chosen].astype(x.dtype)
+    y = jnp.matmul(activate(moe, h)[:, :, None], down[chosen].astype(x.dtype))[:, :, 0]
+    y = y if after is None else y + after[chosen].astype(x.dtype)
+    return jnp.sum(y * weights[..., None], 1)
+
+
+def _grouped(
+    x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any,
+    *, moe: MoeConfig,
+) -> Array:  # fmt: skip
+    """Rows sorted by expert, those of no expert here at the end; one product a group."""
+    (rows, k), E = chosen.shape, len(down)
+    flat = jnp.where(here, chosen, E).reshape(-1)
+    order = jnp.argsort(flat)
+    expert, sizes = flat[order], jnp.bincount(flat, length=E)
+    h = grouped_pair(x[order // k], gate_up.astype(x.dtype), sizes)
+    h = h if bias is None else h + bias[jnp.minimum(expert, E - 1)].astype(x.dtype)
+    y = grouped_matmul(activate(moe, h), down.astype(x.dtype), sizes)
+    y = y if after is None else y + after[jnp.minimum(expert, E - 1)].astype(x.dtype)
+    y = jnp.where((expert < E)[:, None], y * weights.reshape(-1)[order][:, None], 0)
+    # Gathered and not scattered: scattered rows are added up in any order on a GPU, and one by one on a TPU.
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+    return jnp.sum(y[place].reshape(rows, k, -1), 1)
+
+
+def _slotted(
+    x: Array, chosen: Array, weights: Array, here: Array, gate_up: Array, down: Array, bias: Any, after: Any,
+    *, moe: MoeConfig,
+) -> Array:  # fmt: skip
+    """Rows where the GPU's kernel wants them."""
+    (rows, k), E = chosen.shape, len(down)
+    expert = jnp.where(here, chosen, E).reshape(-1)
+    slots = gpu.Slots.of(expert, E)
+    own = jnp.minimum(expert, E - 1)[slots.source]
+    h = slots.product(x[slots.source // k], gate_up)
+    h = h if bias is None else h + bias[own].astype(x.dtype)
+    y = slots.product(activate(moe, h), down[:, None])[:, 0]
+    y = y if after is None else y + after[own].astype(x.dtype)
+    y = y[slots.slots].reshape(rows, k, -1) * weights[..., None]
+    return jnp.sum(jnp.where(here[..., None], y, 0), 1)
 
 
 class MoE(nnx.Module):

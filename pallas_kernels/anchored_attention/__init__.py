@@ -1,7 +1,5 @@
 """Blocks of rows at many anchors of one sequence against its shared context: the drafter's training attention."""
 
-import functools
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -38,12 +36,12 @@ def anchored_attention(
     """
     starts = jnp.zeros_like(anchors) if starts is None else starts
     _check(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, window)
-    options = {"causal": causal, "window": window, "scale": scale}
     return dispatch(
         implementation, q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts,
-        reference=functools.partial(reference.anchored_attention, **options),
-        tpu=functools.partial(tpu.anchored_attention, **options) if tpu.takes(q, ctx_k) else None,
-        gpu=functools.partial(gpu.anchored_attention, **options) if gpu.takes(q, ctx_k) else None,
+        reference=reference.anchored_attention,
+        tpu=tpu.anchored_attention if tpu.takes(q, ctx_k) else None,
+        gpu=gpu.anchored_attention if gpu.takes(q, ctx_k) else None,
+        causal=causal, window=window, scale=scale,
     )  # fmt: skip
 
 

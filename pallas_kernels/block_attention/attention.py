@@ -1,6 +1,5 @@
 """The public function: checks, and the choice of the implementation."""
 
-from functools import partial
 from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
@@ -52,14 +51,14 @@ def block_attention(
     ValueError for sizes that do not fit each other, or an `implementation` that does not take this call.
     """
     _check(q, keys, values, block_keys, page_table, mask, depths)
-    options = {"causal": causal, "scale": scale, "window": window, "soft_cap": soft_cap, "write": write}
     arrays = (q, keys, values, block_keys, block_values, lengths, page_table, mask, depths, sinks)
     takes = reason_against(q, keys, causal, mask, write, page_table) is None
     return dispatch(
         implementation, *arrays,
-        reference=partial(attend, **options),
-        tpu=partial(tpu.attend, **options) if takes else None,
-        gpu=partial(gpu.attend, **options) if gpu.reason_against(q, keys, causal, mask, write) is None else None,
+        reference=attend,
+        tpu=tpu.attend if takes else None,
+        gpu=gpu.attend if gpu.reason_against(q, keys, causal, mask, write) is None else None,
+        causal=causal, scale=scale, window=window, soft_cap=soft_cap, write=write,
     )  # fmt: skip
 
 

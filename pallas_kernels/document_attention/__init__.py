@@ -1,6 +1,5 @@
 """Causal attention of whole rows in which several documents lie one after the other: a kept library, by platform."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -30,10 +29,9 @@ def document_attention(
     TPU: jax's splash attention, for heads of a multiple of 128 and rows of a multiple of 128; else the reference.
     """
     fits = not (q.shape[1] % 128 or q.shape[3] % 128)
-    options = {"scale": scale, "window": window}
     return dispatch(
         implementation, q, k, v, documents, sinks,
-        reference=partial(_reference, **options), tpu=partial(_splash, **options) if fits else None,
+        reference=_reference, tpu=_splash if fits else None, scale=scale, window=window,
     )  # fmt: skip
 
 

@@ -38,16 +38,16 @@ def grouped_pair(
     On TPUs they are a list of 2 E kernels, of which each product finds every other one without rows, and passes on.
     """
     tiles = all(size % 128 == 0 for size in kernels.shape[2:])
-
-    def both(rows: Array, kernels: Array, sizes: Array) -> Array:
-        listed, none = kernels.reshape(-1, *kernels.shape[2:]), jnp.zeros_like(sizes)
-        counts = (jnp.stack(pair, 1).reshape(-1) for pair in ((sizes, none), (none, sizes)))
-        return jnp.stack([_megablox(rows, listed, count) for count in counts], 1)
-
     return dispatch(
         implementation, rows, kernels, sizes.astype(jnp.int32), reference=_one_product,
-        tpu=both if tiles else None,
+        tpu=_two_products if tiles else None,
     )  # fmt: skip
+
+
+def _two_products(rows: Array, kernels: Array, sizes: Array) -> Array:
+    listed, none = kernels.reshape(-1, *kernels.shape[2:]), jnp.zeros_like(sizes)
+    counts = (jnp.stack(pair, 1).reshape(-1) for pair in ((sizes, none), (none, sizes)))
+    return jnp.stack([_megablox(rows, listed, count) for count in counts], 1)
 
 
 def _one_product(rows: Array, kernels: Array, sizes: Array) -> Array:

@@ -1,8 +1,6 @@
 """Hidden rows times the vocabulary, of which only what sampling needs is kept."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,14 +55,16 @@ def head_sampling(
         raise ValueError(f"slots is {slots}; give 1 to {whole}, the tokens of the vocabulary")
     if start is None:
         start = jnp.zeros((), jnp.int32) if axis_name is None else jax.lax.axis_index(axis_name) * jnp.int32(size)
-    static: dict[str, Any] = {"projection": projection, "slots": min(slots, size), "vocab": vocab}
     arguments = hidden, weight, given, temperature, keys, start
     out = dispatch(
         implementation,
         *arguments,
-        reference=partial(reference.sample, **static),
-        tpu=partial(tpu.sample, **static) if slots <= tpu.LANES else None,
-        gpu=partial(gpu.sample, **static) if gpu.takes(hidden, weight, given, keys, slots, vocab) else None,
+        reference=reference.sample,
+        tpu=tpu.sample if slots <= tpu.LANES else None,
+        gpu=gpu.sample if gpu.takes(hidden, weight, given, keys, slots, vocab) else None,
+        projection=projection,
+        slots=min(slots, size),
+        vocab=vocab,
     )
     if axis_name is None:
         return out

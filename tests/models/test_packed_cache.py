@@ -85,5 +85,6 @@ def test_a_round_on_a_tpu_runs_the_kernels(packed, monkeypatch):
     state = jax.eval_shape(lambda: empty_state(TARGET, DRAFTER, B, CAPACITY, W))
     run = jax.jit(lambda weights, state: decode_round(*nnx.merge(graph, weights), state, None, W))
     text = jax.export.export(run, platforms=["tpu"])(weights, state).mlir_module()
-    kernels = text.count('kernel_name = "block_attention_4"')
-    assert kernels == (TARGET.num_layers + DRAFTER.num_layers if packed else 0)
+    functions = [part for part in text.split("func.func private @") if 'kernel_name = "block_attention_4"' in part]
+    calls = sum(text.count(f"call @{function.partition('(')[0]}(") for function in functions)  # layers share them
+    assert calls == (TARGET.num_layers + DRAFTER.num_layers if packed else 0)

@@ -130,7 +130,7 @@ def test_experts_of_real_sizes_lower_to_the_kernel(name: str, rows: int):
     assert "ragged_dot" not in text
 
 
-def test_the_experts_are_those_of_the_reference(interpreted: None, monkeypatch: pytest.MonkeyPatch):
+def test_the_experts_are_those_of_the_reference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     experts = Experts(128, MoeConfig(9, 2, 128, bias=True), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     for p in (experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias):
@@ -138,7 +138,8 @@ def test_the_experts_are_those_of_the_reference(interpreted: None, monkeypatch: 
     x, chosen = jnp.asarray(rng.normal(size=(5, 128)), jnp.bfloat16), rng.integers(0, 9, (5, 2)).astype(np.int32)
     weights = jnp.asarray(rng.uniform(size=(5, 2)), jnp.float32)
     wanted = experts(x, jnp.asarray(chosen), weights)
-    monkeypatch.setattr(moe, "dispatch", lambda _, *given, gpu, **others: gpu(*given))
+    request.getfixturevalue("interpreted")
+    monkeypatch.setattr(moe, "dispatch", lambda _, *given, gpu, moe, **others: gpu(*given, moe=moe))
     found = experts(x, jnp.asarray(chosen), weights)
     wanted, found = (np.asarray(y, np.float64) for y in (wanted, found))
     assert np.abs(found - wanted).max() <= 2e-2 * np.abs(wanted).max()
