@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import dflash_jax
@@ -14,13 +15,18 @@ from train.records import JsonLines
 from train.regenerate import RegenerateConfig, regenerate
 
 
-def make_responses(target: str, out: Path, data: DataConfig, config: RegenerateConfig, mesh: Mesh | None) -> bool:
-    """Responses to data.prompts in out/responses; False if it was stopped before the last."""
+def make_responses(
+    target: str, out: Path, data: DataConfig, config: RegenerateConfig, mesh: Mesh | None, dtype: str | None = None
+) -> bool:
+    """Responses to data.prompts in out/responses; False if it was stopped before the last.
+
+    `dtype` is that of the target's weights, as `dflash_jax.load` chooses it if there is none.
+    """
     if not data.prompts and not config.own_prompts:
         raise InputError(
             "data.prompts is empty; give JSONL files of texts or chat messages to answer, or regenerate.own_prompts"
         )
-    pair: Any = dflash_jax.load(target, config.drafter, mesh=mesh)
+    pair: Any = dflash_jax.load(target, config.drafter, dtype=dtype and jnp.dtype(dtype), mesh=mesh)
     prompts = []
     if data.prompts:
         lines = JsonLines(data.prompts)

@@ -6,7 +6,9 @@ anchors, blocks in one pass, losses) -> checkpoints -> the best one exported, an
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax.checkpoints import load_target, save_drafter
@@ -32,6 +34,7 @@ class DrafterRun:
     Args:
         target: the target's checkpoint, a folder or a hub name
         out: folder for responses, checkpoints, figures, the report, and the drafter, in out/model
+        dtype: of the target's weights; default: float32 on the CPU, and the checkpoint's own on accelerators
         mask_token: id of a token that no text holds; default: the tokenizer's mask token
         start: a drafter to begin with, as that of a first stage; what it lacks of DFlash 2 begins as the identity
         mesh: how the devices are used
@@ -43,6 +46,7 @@ class DrafterRun:
 
     target: str
     out: Path = Path("runs/drafter")
+    dtype: Literal["float32", "bfloat16"] | None = None
     mask_token: int | None = None
     start: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -82,9 +86,9 @@ def main(run: DrafterRun) -> bool:
     tokenizer = load_tokenizer(folder)
     mask = mask_token(run, tokenizer)
     answered = bool(run.data.prompts or run.regenerate.own_prompts) and not run.data.responses
-    if answered and not make_responses(run.target, run.out, run.data, run.regenerate, mesh):
+    if answered and not make_responses(run.target, run.out, run.data, run.regenerate, mesh, run.dtype):
         return False
-    config, target = load_target(folder, None, mesh)
+    config, target = load_target(folder, run.dtype and jnp.dtype(run.dtype), mesh)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     learned, held_out = read_documents(run, tokenizer, config.eos_token_ids)
     start = None if run.start is None else find_folder(run.start, "drafter")
@@ -99,7 +103,7 @@ def main(run: DrafterRun) -> bool:
 
 def respond(run: DrafterRun) -> bool:
     """`dflash train responses`: only the target's part; False if it was stopped before the end."""
-    return make_responses(run.target, run.out, run.data, run.regenerate, build_own_mesh(run.mesh))
+    return make_responses(run.target, run.out, run.data, run.regenerate, build_own_mesh(run.mesh), run.dtype)
 
 
 def export(drafter: Drafter, folder: Path, target: Target) -> None:

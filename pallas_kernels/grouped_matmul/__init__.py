@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, dispatch, tuning
 
+VMEM = 16 << 20  # bytes that the compiler gives one kernel on v5e, v5p and v6e
+
 
 def grouped_matmul(
     rows: Float[Array, "R D"],
@@ -60,16 +62,21 @@ def _megablox(rows: Array, kernels: Array, sizes: Array) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     R, (_, D, F) = len(rows), kernels.shape
-    few, tile_d, tile_f = tiling(R // len(kernels), D, F)
+    few, tile_d, tile_f = tiling(R // len(kernels), D, F, rows.dtype.itemsize)
     padded = jnp.pad(rows, ((0, -R % few), (0, 0)))
     return gmm(padded, kernels, sizes, preferred_element_type=rows.dtype, tiling=(few, tile_d, tile_f))[:R]
 
 
-def tiling(rows_per_expert: int, D: int, F: int) -> tuple[int, int, int]:
-    """Tile sizes: as many rows as an expert is likely to have, and the largest parts of its matrix that divide it."""
+def tiling(rows_per_expert: int, D: int, F: int, item: int) -> tuple[int, int, int]:
+    """Tile sizes: as many rows as an expert is likely to have, and the largest parts of its matrix that divide it.
+
+    Tiles of numbers of `item` bytes, two of each and the sums, have to fit the `VMEM` that a kernel may take.
+    """
     sizes = tuning(__file__)["default"]
     rows = next((n for n in sizes["rows"] if n >= rows_per_expert), sizes["rows"][-1])
-    return rows, _largest(D, sizes["D"]), _largest(F, sizes["F"])
+    tile_f = _largest(F, sizes["F"])
+    rest = VMEM - (2 * item + 2 * 4) * rows * tile_f
+    return rows, _largest(D, min(sizes["D"], rest // (2 * item * (rows + tile_f)))), tile_f
 
 
 def _largest(size: int, most: int) -> int:

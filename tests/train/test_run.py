@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -19,10 +21,11 @@ import yaml
 import dflash_jax
 from dflash_jax import cli
 from tests.train import runs
+from train import responses
 from train.configuration import read_config
 from train.data import Corpus
 from train.records import JsonLines
-from train.run import DrafterRun, main
+from train.run import DrafterRun, main, respond
 
 pytestmark = pytest.mark.usefixtures("children_share_programs")
 
@@ -102,6 +105,20 @@ def test_a_finished_run_only_exports_again(made, tmp_path):
     (out / "model" / "model.safetensors").unlink()
     assert main(read_config(DrafterRun, folder / "run.yaml"))
     assert (out / "model" / "model.safetensors").read_bytes() == model and log(out) == before
+
+
+def test_the_target_has_the_dtype_that_is_asked_for(made, tmp_path, monkeypatch):
+    """And so has the exported drafter, which works beside it."""
+    folder, out = made
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "float32"
+    shutil.copytree(out, tmp_path / "out")
+    assert main(read_config(DrafterRun, folder / "run.yaml", [f"out={tmp_path / 'out'}", "dtype=bfloat16"]))
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    found = []
+    monkeypatch.setattr(responses, "regenerate", lambda pair, *_: found.append(pair.target.embed.embedding.dtype))
+    respond(read_config(DrafterRun, folder / "run.yaml", ["dtype=bfloat16"]))
+    respond(read_config(DrafterRun, folder / "run.yaml"))
+    assert found == [jnp.bfloat16, jnp.float32]
 
 
 def test_chats_are_learned_from_as_they_are(made):

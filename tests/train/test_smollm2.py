@@ -1,6 +1,7 @@
 """What the run for SmolLM2 starts from; the run itself takes hours."""
 
 import ast
+import dataclasses
 import gzip
 import json
 import re
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dflash_jax.checkpoints import load_drafter
 from dflash_jax.config import TargetConfig
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.shapes import shapes_of
+from dflash_jax.pair import check_fit
 from train.command import command
 from train.configuration import read_config
 from train.records import JsonLines
@@ -53,6 +56,16 @@ def test_responses_fit_the_run():
         assert (tokens[-1] == END) == (line["finish_reason"] == "stop")
 
 
+def test_the_drafter_that_comes_along_is_that_of_the_run():
+    config, drafter = load_drafter(HERE / "drafter")
+    run = read_config(DrafterRun, HERE / "gpu.yaml")
+    target = dataclasses.replace(TARGET, rms_norm_eps=float(np.float32(TARGET.rms_norm_eps)))  # as its file has it
+    assert config == run.training.architecture.drafter_config(target, run.mask_token)
+    check_fit(TARGET, config)
+    assert all(np.isfinite(x).all() and x.std() > 0 for x in jax.tree.leaves(nnx.state(drafter)) if x.size > 1)
+    assert (HERE / "drafter" / "model.safetensors").stat().st_size < 25e6
+
+
 @pytest.mark.parametrize("on", ["cpu", "gpu"])
 def test_each_run_gets_its_prompts_or_responses(on, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -68,6 +81,15 @@ def test_each_run_gets_its_prompts_or_responses(on, tmp_path, monkeypatch):
     assert what == "drafter" and not check and run.training.loop.steps == 7
     given = run.data.responses if on == "cpu" else run.data.prompts
     assert len(JsonLines(given)) == (7 if on == "gpu" else 4156)
+
+
+def test_the_target_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "find_file", Path)
+    monkeypatch.setattr(script, "convert", lambda file, folder: folder.mkdir(parents=True))
+    monkeypatch.setattr(script, "train", lambda *given, check: pytest.fail("nothing is to be trained"))
+    script.main(script.SmolLM2(only_target=True))
+    assert capsys.readouterr().out == "done: runs/smollm2/target\n" and Path("runs/smollm2/target").is_dir()
 
 
 def test_its_help_says_what_the_options_mean(monkeypatch, capsys):

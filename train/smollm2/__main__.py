@@ -26,11 +26,13 @@ class SmolLM2:
     Args:
         on: "gpu" has the model write ten times as many responses, and trains on sixty times as many blocks
         again: on "cpu" too, let the model write its responses, instead of taking those that come with this script
+        only_target: prepare the model, and train nothing
         changes: to the run, as training.loop.steps=100
     """
 
     on: Literal["cpu", "gpu"] = "cpu"
     again: bool = False
+    only_target: bool = False
     changes: tuple[str, ...] = ()
 
 
@@ -39,6 +41,9 @@ def main(config: SmolLM2) -> None:
     out = Path("runs/smollm2")
     if not (out / "target" / "config.json").exists():
         convert(find_file(), out / "target")
+    if config.only_target:
+        print(f"done: {out / 'target'}")
+        return
     if config.again or config.on == "gpu":
         prompts = out / f"prompts-{config.on}.jsonl"
         lines = (json.dumps(line) + "\n" for line in make_prompts(**PROMPTS[config.on]))
