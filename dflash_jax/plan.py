@@ -176,7 +176,7 @@ def _compiled(
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
         result["memory"]["fits"] = False
-        return {"out_of_memory": _first_line(error)}
+        return {"out_of_memory": reason(error)}
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output", "alias")}
     sizes["code"] = memory.generated_code_size_in_bytes
@@ -201,8 +201,11 @@ def _compiled(
     }
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def reason(error: Exception) -> str:
+    """What a compiler says went wrong: one line, which may be the second, under a heading, of at most 300 characters."""
+    head, _, rest = str(error).strip().partition("\n")
+    line = f"{head} {rest.strip().partition(chr(10))[0]}" if head.endswith(":") else head
+    return line if len(line) <= 300 else line[:299] + "…"
 
 
 def _cycles(hlo: Program, target: TargetConfig) -> dict[str, int]:

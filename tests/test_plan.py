@@ -12,7 +12,7 @@ from dflash_jax import cli
 from dflash_jax.abstract import build
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
-from dflash_jax.plan import Request, part_of, plan
+from dflash_jax.plan import Request, part_of, plan, reason
 from dflash_jax.roofline import chosen_share, roofline
 from dflash_jax.sharding import abstract_mesh
 from dflash_jax.topology import CHIPS, has_compiler
@@ -274,3 +274,15 @@ def test_what_is_too_large_is_not_compiled():
     result = plan(Request(**BIG, topology="v5e:2x2", mesh="tensor=4"))
     assert result["compiled"] is None
     assert not result["memory"]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 40G of 32G hbm.\nLargest:\n  x", "RESOURCE_EXHAUSTED: Used 40G of 32G hbm."),
+        ("E1001: Oom:\n Ran out of vmem for %gmm.2\nSee", "E1001: Oom: Ran out of vmem for %gmm.2"),
+        ("E1001: Oom:\n" + "x" * 500, "E1001: Oom: " + "x" * 287 + "…"),
+    ],
+)
+def test_what_the_compiler_ran_out_of_is_said_in_one_line(text: str, line: str):
+    assert reason(RuntimeError(text)) == line
