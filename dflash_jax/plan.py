@@ -202,7 +202,7 @@ def _compiled(
 
 
 def reason(error: Exception) -> str:
-    """What a compiler says went wrong: one line, which may be the second, under a heading, of at most 300 characters."""
+    """What a compiler says went wrong: one line of at most 300 characters, where the first is a heading the second."""
     head, _, rest = str(error).strip().partition("\n")
     line = f"{head} {rest.strip().partition(chr(10))[0]}" if head.endswith(":") else head
     return line if len(line) <= 300 else line[:299] + "…"
