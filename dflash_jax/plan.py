@@ -203,8 +203,8 @@ def _compiled(
 
 def reason(error: Exception) -> str:
     """What a compiler says went wrong: one line of at most 300 characters, where the first is a heading the second."""
-    head, _, rest = str(error).strip().partition("\n")
-    line = f"{head} {rest.strip().partition(chr(10))[0]}" if head.endswith(":") else head
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    line = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
     return line if len(line) <= 300 else line[:299] + "…"
 
 

@@ -24,7 +24,7 @@ class SmolLM2:
     """A DFlash 2 drafter for SmolLM2-135M-Instruct, from responses that the model wrote.
 
     Args:
-        on: "gpu" has the model write ten times as many responses, and trains on sixty times as many blocks
+        on: "gpu" has the model write fifteen times as many responses, and trains on a hundred times as many blocks
         again: on "cpu" too, let the model write its responses, instead of taking those that come with this script
         only_target: prepare the model, and train nothing
         changes: to the run, as training.loop.steps=100
