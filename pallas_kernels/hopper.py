@@ -1,5 +1,6 @@
 """What kernels for Hopper GPUs (Mosaic GPU) share: shared memory that TMA and WGMMA agree on, and sums of products."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Array = jax.Array
+# jax 0.10 wants an index beside the reference, and newer ones none.
+_index = inspect.signature(plgpu.load).parameters.get("idx")
+_WHOLE: Any = () if _index is None or _index.default is not inspect.Parameter.empty else ((),)
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """All that a reference to global or shared memory shows, laid over the threads of a warpgroup."""
+    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dflash_jax.documents import document_starts
+from pallas_kernels.documents import document_starts
 
 _NONE = jnp.iinfo(jnp.int32).max  # the document of what cannot be an anchor
 

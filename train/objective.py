@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dflash_jax.documents import positions
+from pallas_kernels.documents import positions
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dflash_jax.cache import TargetCache
 from dflash_jax.config import TargetConfig
-from dflash_jax.documents import positions
+from pallas_kernels.documents import positions
 from dflash_jax.models.attention import Attention, Place
 from dflash_jax.models.gated_delta import GatedDelta
 from dflash_jax.models.head import Head

@@ -25,9 +25,9 @@ WGMMA = plgpu.Layout.WGMMA
 
 
 def takes(q: Float[Array, "B A W N H"], ctx_k: Float[Array, "B T K H"]) -> bool:
-    """bf16 heads of 64, 128 or 256, blocks of 3 to 64 rows; the reference runs the others."""
+    """bf16 heads of 64, 128 or 256, blocks of at most 64 rows; the reference runs the others."""
     rows, head = q.shape[2], q.shape[-1]
-    return q.dtype == jnp.bfloat16 and head in (64, 128, 256) and 3 <= rows <= ROWS and ctx_k.shape[1] > 0
+    return q.dtype == jnp.bfloat16 and head in (64, 128, 256) and rows <= ROWS and ctx_k.shape[1] > 0
 
 
 def tile_context(head: int) -> int:
@@ -88,10 +88,13 @@ def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, causal, window, sca
 
     anchors, starts = (jnp.pad(x.astype(jnp.int32), ((0, 0), (0, more)), mode="edge") for x in (anchors, starts))
     limits = bounds(anchors, starts, per_step=step_anchors, rows=W, tile=tile, length=T, window=window)
+    first, end = (jnp.repeat(x, W, axis=1) for x in (starts, jnp.minimum(anchors, T)))  # of the context that a row sees
+    if window is not None:
+        first = jnp.maximum(first, (anchors[..., None] + jnp.arange(W) - window + 1).reshape(B, -1))
     steps = anchors.shape[1] // step_anchors
     body = functools.partial(
-        _kernel, rows=W, real_rows=real_rows, length=T, group=N // K, tile=tile, steps=steps, causal=causal,
-        window=window, scale=scale, interpreted=interpret is not None,
+        _kernel, rows=W, real_rows=real_rows, group=N // K, tile=tile, steps=steps, causal=causal, window=window,
+        scale=scale, interpreted=interpret is not None,
     )  # fmt: skip
     out = plgpu.kernel(
         body,
@@ -112,20 +115,23 @@ def _forward(q, ctx_k, ctx_v, blk_k, blk_v, anchors, starts, causal, window, sca
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(anchors, starts, limits, flat(q), whole_tiles(ctx_k), whole_tiles(ctx_v), flat(blk_k), flat(blk_v))
+    )(first, end, limits, flat(q), whole_tiles(ctx_k), whole_tiles(ctx_v), flat(blk_k), flat(blk_v))
     return out.reshape(B, -1, W, N, H)[:, :A, :real_rows]
 
 
 def _kernel(
-    anchors, starts, limits, q_gmem, ctx_k, ctx_v, blk_k, blk_v, out, q_smem, k_smem, v_smem,
+    first, end, limits, q_gmem, ctx_k, ctx_v, blk_k, blk_v, out, q_smem, k_smem, v_smem,
     q_ready, k_ready, v_ready, k_free, v_free,
-    *, rows, real_rows, length, group, tile, steps, causal, window, scale, interpreted,
+    *, rows, real_rows, group, tile, steps, causal, window, scale, interpreted,
 ):  # fmt: skip
     head, step, b, wg = (jax.lax.axis_index(name) for name in ("head", "step", "batch", "warpgroup"))
     own = 2 * ROWS // tile  # tiles of the step's own keys come first
-    begin, whole_begin, whole_end, end = (limits[i, b * steps + step] for i in range(4))
-    total = own + end - begin
+    begin, whole_begin, whole_end, stop = (limits[i, b * steps + step] for i in range(4))
+    total = own + stop - begin
     laid = (lambda x, _: x) if interpreted else plgpu.layout_cast  # the interpreter has no layouts
+
+    def load(ref: Any) -> Array:
+        return ref[...] if interpreted else hopper.load(ref, WGMMA.reduce(1))
 
     @pl.when(wg < 2)
     def _compute():
@@ -169,25 +175,20 @@ def _kernel(
             return seen if window is None else seen & (row - key < window)
 
         def context_mask(i: Array) -> Array:
-            row, t = places()
+            _, t = places()
             t += (begin + i - own) * tile
-            first = step * (2 * ROWS // rows) + wg * (ROWS // rows)
-            anchor = start = jnp.zeros_like(row)
-            for block in range(ROWS // rows):
-                anchor = jnp.where(block_of(row) == block, anchors[b, first + block], anchor)
-                start = jnp.where(block_of(row) == block, starts[b, first + block], start)
-            seen = (t >= start) & (t < anchor) & (t < length)
-            return seen if window is None else seen & (t > anchor + (row & (rows - 1)) - window)
+            return (t >= _along(low, t.shape)) & (t < _along(high, t.shape))
 
+        low, high = (load(ref.at[b, here]) for ref in (first, end))
         top, denominator = (laid(jnp.full((ROWS,), x, jnp.float32), WGMMA.reduce(1)) for x in (HIDDEN, 0.0))
         carry = laid(jnp.zeros((ROWS, mine.shape[1]), jnp.float32), WGMMA), top, denominator
         ends = (own, own + whole_begin - begin, own + whole_end - begin, total)
-        start = 0
-        for stop, mask in zip(ends, (own_mask, context_mask, None, context_mask), strict=True):
+        done = 0
+        for until, mask in zip(ends, (own_mask, context_mask, None, context_mask), strict=True):
             carry = jax.lax.fori_loop(
-                jnp.int32(start), jnp.int32(stop), lambda i, c, mask=mask: absorb(i, c, mask), carry
+                jnp.int32(done), jnp.int32(until), lambda i, c, mask=mask: absorb(i, c, mask), carry
             )
-            start = stop
+            done = until
         acc, _, denominator = carry
         mine[...] = (acc / _along(denominator, acc.shape)).astype(mine.dtype)
         plgpu.commit_smem()

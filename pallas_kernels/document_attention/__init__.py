@@ -1,4 +1,4 @@
-"""Causal attention of whole rows in which several documents lie one after the other: a kept library, by platform."""
+"""Causal attention of whole rows in which several documents lie one after the other, by platform."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.anchored_attention import gpu
 from pallas_kernels.block_attention.reference import masked_attention
 from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.documents import document_starts
 
 SCORES = 1 << 26  # numbers of scores that the reference makes at once
 
@@ -26,12 +28,15 @@ def document_attention(
     """A row sees the rows of its own document up to itself, of them the last `window`; softmax in fp32.
 
     Documents are numbered in any way in which neighbours differ. `sinks` are logits that take part in the sum only.
-    TPU: jax's splash attention, for heads of a multiple of 128 and rows of a multiple of 128; else the reference.
+    TPU: jax's splash attention, for heads of a multiple of 128 and rows of a multiple of 128. GPU: the drafter's
+    training attention, with every row a block of its own, where there are no sinks. Else the reference.
     """
     fits = not (q.shape[1] % 128 or q.shape[3] % 128)
+    blocks = sinks is None and gpu.takes(q[:, :, None], k)
     return dispatch(
         implementation, q, k, v, documents, sinks,
-        reference=_reference, tpu=_splash if fits else None, scale=scale, window=window,
+        reference=_reference, tpu=_splash if fits else None, gpu=_row_by_row if blocks else None,
+        scale=scale, window=window,
     )  # fmt: skip
 
 
@@ -80,3 +85,13 @@ def _splash(
         return kernel(q, k, v, splash.SegmentIds(numbers, numbers), sinks)
 
     return jax.vmap(of_row)((heads_first, documents)).swapaxes(1, 2).astype(q.dtype)
+
+
+def _row_by_row(
+    q: Array, k: Array, v: Array, documents: Array, sinks: None, *, scale: float, window: int | None,
+    interpret: Any = None,
+) -> Array:  # fmt: skip
+    rows, keys, values = (x[:, :, None] for x in (q, k, v))
+    places = jnp.broadcast_to(jnp.arange(q.shape[1]), documents.shape), document_starts(documents)
+    options = {"causal": True, "window": window, "scale": scale, "interpret": interpret}
+    return gpu.anchored_attention(rows, k, v, keys, values, *places, **options)[:, :, 0]

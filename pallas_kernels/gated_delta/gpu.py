@@ -4,7 +4,6 @@ The matrix units take no fp32, so the rule runs row after row on the vector unit
 inverse: four multiply-adds an element of the state and row. Trees run the reference.
 """
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels import hopper
 from pallas_kernels.gated_delta.pending import Pending, Rows
 from pallas_kernels.gated_delta.sizes import Sizes
 
@@ -23,9 +23,6 @@ HEAD = 128  # the only head size: one element of q, k and v for each thread of a
 # over Dk stay within four threads.
 _TILES = plgpu.Tiling(((4, HEAD), (4, 32), (4,)))
 STATE = plgpu.Layout.TILED(_TILES, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-# jax 0.10 wants an index beside the reference, and newer ones none.
-_index = inspect.signature(plgpu.load).parameters.get("idx")
-WHOLE: Any = () if _index is None or _index.default is not inspect.Parameter.empty else ((),)
 BY_K, BY_V, BY_THREAD = STATE.reduce(1), STATE.reduce(0), plgpu.Layout.WG_STRIDED((HEAD,), vec_size=1)
 
 
@@ -93,7 +90,7 @@ def _body(
     columns = [start, start + n.Dk, start + 2 * n.Dk + (h - key_head * n.r) * n.Dv]
 
     def load(ref: Any, layout: Any) -> Array:
-        return plgpu.load(ref, *WHOLE, layout=layout, optimized=False) if compiled else ref[...]
+        return hopper.load(ref, layout) if compiled else ref[...]
 
     def spread(x: Array, axis: int) -> Array:  # along the state's other axis
         x = lax.broadcast_in_dim(x, (HEAD, HEAD), (axis,))

@@ -7,6 +7,7 @@ import pytest
 
 import pallas_kernels.document_attention as module
 from pallas_kernels.document_attention import document_attention
+from tests.pallas_kernels.device import INTERPRET
 
 B, T, N, K, H = 2, 29, 4, 2, 8
 DOCUMENTS = np.array([np.repeat([1, 2, 3, 0], [4, 1, 20, 4]), np.repeat([1, 2], [13, 16])])
@@ -54,6 +55,18 @@ def test_splash_attention_of_jax_is_asked_for_the_same(window, sinks):
     options = {"scale": 0.1, "window": window}
     out = module._splash(*given, **options, interpret=True)
     np.testing.assert_allclose(out, module._reference(*given, **options), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("window", [None, 50])
+def test_the_gpu_kernel_with_a_block_for_every_row(window):
+    """On a GPU, or in the interpreter."""
+    q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in arrays(1, 200, 2, 1, 64))
+    documents = jnp.asarray(np.repeat([1, 2, 3], [70, 90, 40])[None])
+    options = {"scale": 0.3, "window": window}
+    out = module._row_by_row(q, k, v, documents, None, **options, interpret=INTERPRET)
+    exact = brute_force(*(np.asarray(x, np.float32) for x in (q, k, v)), None, np.asarray(documents), window)
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, rtol=2e-2, atol=2e-2)
 
 
 def test_lowers_for_a_tpu_from_here():

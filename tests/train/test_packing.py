@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dflash_jax.documents import document_starts, positions
+from pallas_kernels.documents import document_starts, positions
 from dflash_jax.models.target import Target
 from tests import weights
 from tests.train import tiny
