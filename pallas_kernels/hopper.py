@@ -35,3 +35,18 @@ def add_product(acc: Any, x: Any, y: Any, turned: bool = False) -> None:
     """Start to add the product of two buffers, `turned`: of x and y transposed; the one before is done after this."""
     plgpu.wgmma(acc, x, y.transpose((1, 0)) if turned else y)
     plgpu.wgmma_wait(1)
+
+
+def product(x: Any, y: Any) -> Array:
+    """Of a buffer [rows, n] and a buffer [columns, n] transposed, in fp32."""
+
+    def made(acc: Any) -> Array:
+        add_product(acc, x, y, turned=True)
+        return acc[...]
+
+    return accumulated(made, (x.shape[0], y.shape[0]))
+
+
+def plus_product(acc: Array, x: Array, y: Any) -> Any:
+    """What is in registers, in fp32, and the product of x in registers and a buffer."""
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, x, y))(plgpu.ACC.init(acc))

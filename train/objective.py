@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.documents import positions
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
+from pallas_kernels.documents import positions
 from train import losses
 from train.anchors import Blocks, cut_blocks, next_anchors, sample_anchors
 from train.blocks import block_hidden

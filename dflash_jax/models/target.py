@@ -11,13 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from dflash_jax.cache import TargetCache
 from dflash_jax.config import TargetConfig
-from pallas_kernels.documents import positions
 from dflash_jax.models.attention import Attention, Place
 from dflash_jax.models.gated_delta import GatedDelta
 from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, linear, lookup, rotation
 from dflash_jax.models.moe import MoE
 from dflash_jax.sharding import constrain
+from pallas_kernels.documents import positions
 from pallas_kernels.head_sampling import Projection
 
 

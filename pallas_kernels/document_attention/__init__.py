@@ -1,5 +1,6 @@
 """Causal attention of whole rows in which several documents lie one after the other, by platform."""
 
+import functools
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def document_attention(
     training attention, with every row a block of its own, where there are no sinks. Else the reference.
     """
     fits = not (q.shape[1] % 128 or q.shape[3] % 128)
-    blocks = sinks is None and gpu.takes(q[:, :, None], k)
+    blocks = sinks is None and q.dtype == jnp.bfloat16 and q.shape[3] in (64, 128, 256)
     return dispatch(
         implementation, q, k, v, documents, sinks,
         reference=_reference, tpu=_splash if fits else None, gpu=_row_by_row if blocks else None,
@@ -87,11 +88,30 @@ def _splash(
     return jax.vmap(of_row)((heads_first, documents)).swapaxes(1, 2).astype(q.dtype)
 
 
-def _row_by_row(
-    q: Array, k: Array, v: Array, documents: Array, sinks: None, *, scale: float, window: int | None,
-    interpret: Any = None,
-) -> Array:  # fmt: skip
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend_rows(
+    q: Array, k: Array, v: Array, documents: Array, sinks: None, scale: float, window: int | None
+) -> Array:
     rows, keys, values = (x[:, :, None] for x in (q, k, v))
     places = jnp.broadcast_to(jnp.arange(q.shape[1]), documents.shape), document_starts(documents)
-    options = {"causal": True, "window": window, "scale": scale, "interpret": interpret}
-    return gpu.anchored_attention(rows, k, v, keys, values, *places, **options)[:, :, 0]
+    return gpu.anchored_attention(rows, k, v, keys, values, *places, causal=True, window=window, scale=scale)[:, :, 0]
+
+
+def _rows_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
+    return _attend_rows(*arguments), arguments[:4]
+
+
+def _rows_backward(scale: float, window: int | None, saved: tuple[Array, ...], do: Array) -> tuple[Any, ...]:
+    *floats, documents = saved
+    reference = functools.partial(_reference, documents=documents, sinks=None, scale=scale, window=window)
+    return *jax.vjp(reference, *floats)[1](do), None, None
+
+
+_attend_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _row_by_row(
+    q: Array, k: Array, v: Array, documents: Array, sinks: None, *, scale: float, window: int | None
+) -> Array:
+    """Gradients are the reference's."""
+    return _attend_rows(q, k, v, documents, sinks, scale, window)

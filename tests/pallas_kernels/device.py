@@ -32,6 +32,9 @@ def running_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
     monkeypatch.setattr(hopper, "add_product", add_product)
     monkeypatch.setattr(hopper, "accumulated", accumulated)
+    monkeypatch.setattr(hopper, "product", lambda x, y: product(x, y, turned=True))
+    monkeypatch.setattr(hopper, "plus_product", plus_product)
+    monkeypatch.setattr(hopper, "load", lambda ref, layout: ref[...])
     monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
     monkeypatch.setattr(
         plgpu, "broadcasted_iota", lambda dtype, shape, axis, layout: jax.lax.broadcasted_iota(dtype, shape, axis)
@@ -55,3 +58,7 @@ def accumulated(products: Callable[[Any], jax.Array], shape: tuple[int, int]) ->
         return products(acc)
 
     return pl.run_scoped(from_zero, plgpu.SMEM(shape, jnp.float32))
+
+
+def plus_product(acc: jax.Array, x: jax.Array, y: Any) -> jax.Array:
+    return acc + jnp.dot(x, y[...], preferred_element_type=jnp.float32)

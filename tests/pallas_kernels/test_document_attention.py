@@ -7,7 +7,7 @@ import pytest
 
 import pallas_kernels.document_attention as module
 from pallas_kernels.document_attention import document_attention
-from tests.pallas_kernels.device import INTERPRET
+from tests.pallas_kernels.device import running_kernels
 
 B, T, N, K, H = 2, 29, 4, 2, 8
 DOCUMENTS = np.array([np.repeat([1, 2, 3, 0], [4, 1, 20, 4]), np.repeat([1, 2], [13, 16])])
@@ -58,19 +58,24 @@ def test_splash_attention_of_jax_is_asked_for_the_same(window, sinks):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("window", [None, 50])
-def test_the_gpu_kernel_with_a_block_for_every_row(window):
-    """On a GPU, or in the interpreter."""
-    q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in arrays(1, 200, 2, 1, 64))
+@pytest.mark.parametrize(("head", "window"), [(64, 50), (256, None)])
+def test_the_gpu_kernel_with_a_block_for_every_row(head, window, monkeypatch):
+    """On a GPU, or in the interpreter; its gradients are the reference's."""
+    *floats, _ = (jnp.asarray(x, jnp.bfloat16) for x in arrays(1, 200, 2, 1, head))
     documents = jnp.asarray(np.repeat([1, 2, 3], [70, 90, 40])[None])
-    options = {"scale": 0.3, "window": window}
-    out = module._row_by_row(q, k, v, documents, None, **options, interpret=INTERPRET)
-    exact = brute_force(*(np.asarray(x, np.float32) for x in (q, k, v)), None, np.asarray(documents), window)
+    options = {"documents": documents, "sinks": None, "scale": 0.3, "window": window}
+    with running_kernels(monkeypatch):
+        out, pull = jax.vjp(functools.partial(module._row_by_row, **options), *floats)
+    exact = brute_force(*(np.asarray(x, np.float32) for x in floats), None, np.asarray(documents), window)
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, rtol=2e-2, atol=2e-2)
+    wanted = jax.vjp(functools.partial(module._reference, **options), *floats)[1](out)
+    for mine, other in zip(pull(out), wanted, strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
-def test_lowers_for_a_tpu_from_here():
+@pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "mosaic_gpu")])
+def test_lowers_to_a_kernel_from_here(platform, call):
     floats = [jax.ShapeDtypeStruct((2, 256, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)]
-    call = functools.partial(document_attention, scale=0.1, window=100)
-    program = jax.export.export(jax.jit(call), platforms=["tpu"])(*floats, jax.ShapeDtypeStruct((2, 256), jnp.int32))
-    assert "tpu_custom_call" in program.mlir_module()
+    attend = jax.jit(functools.partial(document_attention, scale=0.1, window=100))
+    traced = attend.trace(*floats, jax.ShapeDtypeStruct((2, 256), jnp.int32))
+    assert call in traced.lower(lowering_platforms=(platform,)).as_text()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels.documents import document_starts, positions
 from dflash_jax.models.target import Target
+from pallas_kernels.documents import document_starts, positions
 from tests import weights
 from tests.train import tiny
 from tests.train.small import drafter
