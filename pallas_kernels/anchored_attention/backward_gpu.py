@@ -39,6 +39,7 @@ BY_COLUMN = WGMMA.reduce(0)
 
 def backward(
     options: Options,
+    do: Float[Array, "B R N H"],
     q: Float[Array, "B R N H"],
     ctx_k: Float[Array, "B T K H"],
     ctx_v: Float[Array, "B T K H"],
@@ -48,9 +49,8 @@ def backward(
     end: Int[Array, "B R"],
     out: Float[Array, "B R N H"],
     lse: Float[Array, "B N R"],
-    do: Float[Array, "B R N H"],
 ) -> tuple[Array, ...]:
-    """Gradients of the five float inputs, in their order and dtypes."""
+    """Gradients of the five float inputs, in their order and dtypes; `do` is the output's."""
     mean = jnp.einsum("brnh,brnh->bnr", do.astype(jnp.float32), out.astype(jnp.float32))
     dq = _of_queries(options, q, ctx_k, ctx_v, own_k, own_v, first, end, do, lse, mean)
     dk, dv = _of_context(options, q, ctx_k, ctx_v, first, end, do, lse, mean)

@@ -1,7 +1,6 @@
 """The drafter's training attention on a Hopper GPU: rows padded to whole steps, and the kernels' own gradient."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +62,8 @@ def _attend_forward(options: Options, *arrays: Array) -> tuple[Array, tuple[Arra
     return out, (*arrays, out, lse)
 
 
-def _attend_backward(options: Options, saved: Any, do: Array) -> tuple[Array | None, ...]:
-    return *backward(options, *saved, do), None, None
+def _attend_backward(options: Options, saved: tuple[Array, ...], do: Array) -> tuple[Array | None, ...]:
+    return *backward(options, do, *saved), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
