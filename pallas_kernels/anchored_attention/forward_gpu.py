@@ -1,14 +1,7 @@
-"""Forward on a Hopper GPU, and what it shares with the backward: the walk of a step's rows over the keys they see.
+"""Forward on a Hopper GPU: an online softmax over the walk of `walk_gpu`."""
 
-A thread block takes a step: 128 rows of one query head (2 warpgroups of 64 rows; whole blocks of W rows each). Its
-first keys are those same 128 rows' own ones, then come the context's tiles; a third warpgroup copies both into a ring.
-"""
-
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,60 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
-from pallas_kernels.anchored_attention.bounds import in_tiles
+from pallas_kernels.anchored_attention import walk_gpu as walk
 from pallas_kernels.anchored_attention.reference import HIDDEN
-
-ROWS = 64  # of a warpgroup, the height of its matrix instruction
-STEP = 2 * ROWS
-STAGES = 2
-WGMMA = plgpu.Layout.WGMMA
-BY_ROW = WGMMA.reduce(1)
-LOG2_E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is fixed when a program is made; `rows` of a block are a power of two, of which the first are real."""
-
-    rows: int
-    real_rows: int
-    causal: bool
-    window: int | None
-    scale: float
-
-
-class Ring(NamedTuple):
-    """Buffers of keys and values, and who waits for whom."""
-
-    k: Any
-    v: Any
-    k_ready: Any
-    v_ready: Any
-    k_free: Any
-    v_free: Any
-
-    @classmethod
-    def types(cls, tile: int, head: int, dtype: Any) -> "Ring":
-        buffers = hopper.swizzled((STAGES, tile, head), dtype)
-        ready, free = plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=2, num_barriers=STAGES)
-        return cls(buffers, buffers, ready, ready, free, free)
-
-
-class Place(NamedTuple):
-    """Of a program: its sequence, its query head and that one's KV head, its step, and the step's tiles of context."""
-
-    b: Array
-    head: Array
-    kv_head: Array
-    step: Array
-    tiles: tuple[Array, ...]  # as `in_tiles` gives them
-
-    @classmethod
-    def here(cls, limits: Any, steps: int, group: int) -> "Place":
-        b, head, step = (jax.lax.axis_index(name) for name in ("batch", "head", "step"))
-        return cls(
-            b, head, jax.lax.div(head, jnp.int32(group)), step, tuple(limits[i, b * steps + step] for i in range(4))
-        )
 
 
 def tile_context(head: int) -> int:
@@ -78,14 +19,8 @@ def tile_context(head: int) -> int:
     return 128 if head <= 128 else 64
 
 
-def step_tiles(first: Int[Array, "B R"], end: Int[Array, "B R"], tile: int) -> Int[Array, "4 BS"]:
-    """`in_tiles` of every step."""
-    first, end = first.reshape(-1, STEP), end.reshape(-1, STEP)
-    return in_tiles(first.min(1), first.max(1), end.min(1), end.max(1), tile)
-
-
 def forward(
-    options: Options,
+    options: walk.Options,
     q: Float[Array, "B R N H"],
     ctx_k: Float[Array, "B T K H"],
     ctx_v: Float[Array, "B T K H"],
@@ -96,7 +31,7 @@ def forward(
 ) -> tuple[Float[Array, "B R N H"], Float[Array, "B N R"]]:
     """The output, and of each row the log2 of the sum of exp2. A row sees the context from `first` to before `end`."""
     B, R, N, H = q.shape
-    tile, steps = tile_context(H), R // STEP
+    tile, steps = tile_context(H), R // walk.STEP
     body = functools.partial(_kernel, options=options, tile=tile, steps=steps, group=N // ctx_k.shape[2])
     return plgpu.kernel(
         body,
@@ -106,49 +41,49 @@ def forward(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
-            hopper.swizzled((2, ROWS, H), q.dtype),
-            plgpu.SMEM((2, ROWS), jnp.float32),
-            Ring.types(tile, H, q.dtype),
+            hopper.swizzled((2, walk.ROWS, H), q.dtype),
+            plgpu.SMEM((2, walk.ROWS), jnp.float32),
+            walk.Ring.types(tile, H, q.dtype),
             plgpu.Barrier(num_barriers=2),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(first, end, step_tiles(first, end, tile), q, ctx_k, ctx_v, own_k, own_v)
+    )(first, end, walk.step_tiles(first, end, tile), q, ctx_k, ctx_v, own_k, own_v)
 
 
 def _kernel(
     first, end, limits, q, ctx_k, ctx_v, own_k, own_v, out, lse, q_smem, lse_smem, ring, q_ready,
-    *, options: Options, tile: int, steps: int, group: int,
+    *, options: walk.Options, tile: int, steps: int, group: int,
 ) -> None:  # fmt: skip
-    wg, place = jax.lax.axis_index("warpgroup"), Place.here(limits, steps, group)
+    wg, place = jax.lax.axis_index("warpgroup"), walk.Place.here(limits, steps, group)
 
     @pl.when(wg < 2)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        here, mine = pl.ds(place.step * STEP + wg * ROWS, ROWS), q_smem.at[wg]
+        here, mine = pl.ds(place.step * walk.STEP + wg * walk.ROWS, walk.ROWS), q_smem.at[wg]
         plgpu.copy_gmem_to_smem(q.at[place.b, here, place.head], mine, q_ready.at[wg])
         plgpu.barrier_wait(q_ready.at[wg])
 
         def absorb(slot: Array, carry: tuple, masked: Callable) -> tuple:
             acc, top, total = carry
             plgpu.barrier_wait(ring.k_ready.at[slot])
-            scores = hopper.product(mine, ring.k.at[slot]) * (options.scale * LOG2_E)
+            scores = hopper.product(mine, ring.k.at[slot]) * (options.scale * walk.LOG2_E)
             plgpu.barrier_arrive(ring.k_free.at[slot])
             scores = masked(scores, HIDDEN)
             new = jnp.maximum(top, scores.max(axis=1))
-            weights = jnp.exp2(scores - along(new, scores.shape))
+            weights = jnp.exp2(scores - walk.along(new, scores.shape))
             old = jnp.exp2(top - new)
             total = total * old + weights.sum(axis=1)
-            acc = acc * along(old, acc.shape)
+            acc = acc * walk.along(old, acc.shape)
             plgpu.barrier_wait(ring.v_ready.at[slot])
             acc = hopper.plus_product(acc, weights.astype(mine.dtype), ring.v.at[slot])
             plgpu.barrier_arrive(ring.v_free.at[slot])
             return acc, new, total
 
-        top, total = (plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), BY_ROW) for x in (HIDDEN, 0.0))
-        seen = tuple(hopper.load(ref.at[place.b, here], BY_ROW) for ref in (first, end))
-        carry = zeros(ROWS, mine.shape[1]), top, total
-        acc, top, total = over_tiles(options, tile, wg, place, seen, absorb, carry)
-        mine[...] = (acc / along(total, acc.shape)).astype(mine.dtype)
+        top, total = (plgpu.layout_cast(jnp.full((walk.ROWS,), x, jnp.float32), walk.BY_ROW) for x in (HIDDEN, 0.0))
+        seen = tuple(hopper.load(ref.at[place.b, here], walk.BY_ROW) for ref in (first, end))
+        carry = walk.zeros(walk.ROWS, mine.shape[1]), top, total
+        acc, top, total = walk.over_tiles(options, tile, wg, place, seen, absorb, carry)
+        mine[...] = (acc / walk.along(total, acc.shape)).astype(mine.dtype)
         lse_smem[wg] = top + jnp.log2(total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(mine, out.at[place.b, here, place.head])
@@ -157,99 +92,4 @@ def _kernel(
 
     @pl.when(wg == 2)
     def _copy():
-        copy_tiles(tile, place, (own_k, own_v), (ctx_k, ctx_v), ring)
-
-
-def over_tiles(
-    options: Options, tile: int, wg: Any, place: Place, seen: tuple[Array, ...],
-    absorb: Callable[[Array, Any, Callable], Any], carry: Any,
-) -> Any:  # fmt: skip
-    """`carry` after `absorb(slot of the ring, carry, masked)` of every tile: the step's own, then the context's.
-
-    `seen` is what the warpgroup's rows see of the context; `masked(x, fill)` fills what they do not see of the tile.
-    """
-    own, (begin, whole_begin, whole_end, stop) = STEP // tile, place.tiles
-    low, high = seen
-
-    def places() -> tuple[Array, ...]:
-        return tuple(plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), axis, layout=WGMMA) for axis in (0, 1))
-
-    def block_of(x: Array) -> Array:  # rows is a power of two
-        return jax.lax.shift_right_logical(x, jnp.full_like(x, options.rows.bit_length() - 1))
-
-    def own_mask(i: Array) -> Array:
-        row, key = places()
-        row, key = row + wg * ROWS, key + i * tile  # in the step
-        seen = (block_of(row) == block_of(key)) & ((key & (options.rows - 1)) < options.real_rows)
-        if options.causal:
-            seen &= key <= row
-        return seen if options.window is None else seen & (row - key < options.window)
-
-    def context_mask(i: Array) -> Array:
-        _, t = places()
-        t += (begin + i - own) * tile
-        return (t >= along(low, t.shape)) & (t < along(high, t.shape))
-
-    def run(i: Array, carry: Any, mask: Callable[[Array], Array] | None) -> Any:
-        def masked(x: Array, fill: float) -> Array:
-            return x if mask is None else jnp.where(mask(i), x, fill)
-
-        return absorb(jax.lax.rem(i, jnp.int32(STAGES)), carry, masked)
-
-    done = 0
-    ends = own, own + whole_begin - begin, own + whole_end - begin, own + stop - begin
-    for until, mask in zip(ends, (own_mask, context_mask, None, context_mask), strict=True):
-        carry = jax.lax.fori_loop(jnp.int32(done), jnp.int32(until), functools.partial(run, mask=mask), carry)
-        done = until
-    return carry
-
-
-def copy_tiles(tile: int, place: Place, own: tuple[Any, Any], context: tuple[Any, Any], ring: Ring) -> None:
-    """The keys and values that `over_tiles` absorbs, one after the other, by a warpgroup that does nothing else."""
-    plgpu.set_max_registers(40, action="decrease")
-    own_tiles, (begin, _, _, stop) = STEP // tile, place.tiles
-    total = own_tiles + stop - begin
-    parts = (own[0], context[0], ring.k, ring.k_ready, ring.k_free), (
-        own[1], context[1], ring.v, ring.v_ready, ring.v_free,
-    )  # fmt: skip
-
-    def fill(i: Array, _: None) -> None:
-        slot = jax.lax.rem(i, jnp.int32(STAGES))
-        for own, context, smem, ready, free in parts:
-
-            @pl.when(i >= STAGES)
-            def _wait(free=free):
-                plgpu.barrier_wait(free.at[slot])
-
-            @pl.when(i < own_tiles)
-            def _own(own=own, smem=smem, ready=ready):
-                at = pl.ds(place.step * STEP + i * tile, tile)
-                plgpu.copy_gmem_to_smem(own.at[place.b, at, place.kv_head], smem.at[slot], ready.at[slot])
-
-            @pl.when(i >= own_tiles)
-            def _context(context=context, smem=smem, ready=ready):
-                at = pl.ds((begin + i - own_tiles) * tile, tile)
-                plgpu.copy_gmem_to_smem(context.at[place.b, at, place.kv_head], smem.at[slot], ready.at[slot])
-
-    jax.lax.fori_loop(jnp.int32(0), total, fill, None)
-    drain(total, ring.k_free, ring.v_free)
-
-
-def drain(total: Array, *free: Any) -> None:
-    """Leave no barrier with a phase that was not waited for."""
-
-    def wait(i: Array, _: None) -> None:
-        for barrier in free:
-            plgpu.barrier_wait(barrier.at[jax.lax.rem(i, jnp.int32(STAGES))])
-
-    jax.lax.fori_loop(jnp.maximum(total - STAGES, 0), total, wait, None)
-
-
-def along(x: Array, shape: tuple[int, ...], axis: int = 0) -> Array:
-    """A vector over the rows (axis 0) or the columns (1) of a tile."""
-    return jax.lax.broadcast_in_dim(x, shape, [axis])
-
-
-def zeros(rows: int, columns: int) -> Array:
-    """Sums in registers that nothing was added to."""
-    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), WGMMA)
+        walk.copy_tiles(tile, place, (own_k, own_v), (ctx_k, ctx_v), ring)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.anchored_attention.backward_gpu import backward
-from pallas_kernels.anchored_attention.forward_gpu import ROWS, STEP, Options, forward
+from pallas_kernels.anchored_attention.forward_gpu import forward
+from pallas_kernels.anchored_attention.walk_gpu import ROWS, STEP, Options
 
 
 def takes(q: Float[Array, "B A W N H"], ctx_k: Float[Array, "B T K H"]) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.anchored_attention import backward_gpu, forward_gpu, gpu
+from pallas_kernels.anchored_attention import backward_gpu, context_gpu, forward_gpu, gpu, walk_gpu
 from pallas_kernels.anchored_attention.bounds import in_tiles
 from tests.pallas_kernels.anchored import SCALE, Problem, assert_close, truth
 from tests.pallas_kernels.device import by_the_interpreter, running_kernels
@@ -55,11 +55,11 @@ def test_forward_and_gradients(name, monkeypatch):
     assert_close(*run(name, monkeypatch), "bfloat16")
 
 
-ROW_TILES, OF_QUERIES = backward_gpu.row_tiles, backward_gpu._of_queries
+ROW_TILES, OF_QUERIES = context_gpu.row_tiles, backward_gpu._of_queries
 FAULTS = {
-    "a tile of rows left out": (backward_gpu, "row_tiles", lambda *a: ROW_TILES(*a) - jnp.array([[0], [1]])),
+    "a tile of rows left out": (context_gpu, "row_tiles", lambda *a: ROW_TILES(*a) - jnp.array([[0], [1]])),
     "the context ends a tile early": (
-        forward_gpu, "in_tiles", lambda *a: jnp.minimum(in_tiles(*a), in_tiles(*a)[3] - 1),
+        walk_gpu, "in_tiles", lambda *a: jnp.minimum(in_tiles(*a), in_tiles(*a)[3] - 1),
     ),
     "sums of other rows": (
         backward_gpu, "_of_queries", lambda *a: OF_QUERIES(*a[:-2], jnp.roll(a[-2], 1, -1), a[-1]),
@@ -82,14 +82,14 @@ def test_rows_that_see_a_tile_of_keys():
     end = rng.integers(0, 513, (3, 6 * gpu.ROWS))
     end[0] = np.sort(end[0])
     first = rng.integers(0, 1 + end)
-    begin, stop = np.asarray(backward_gpu.row_tiles(jnp.asarray(first), jnp.asarray(end), 512)).reshape(2, 3, 4)
+    begin, stop = np.asarray(context_gpu.row_tiles(jnp.asarray(first), jnp.asarray(end), 512)).reshape(2, 3, 4)
     t = np.arange(512)
     sees = ((t >= first[..., None]) & (t < end[..., None])).reshape(3, 6, gpu.ROWS, 4, 128).any((2, 4))
     for b, j in np.ndindex(3, 4):
         found = np.flatnonzero(sees[b, :, j])
         assert begin[b, j] <= found[0] and found[-1] < stop[b, j] <= 6
     nobody = jnp.zeros((1, 128), jnp.int32)
-    assert (backward_gpu.row_tiles(nobody, nobody, 128) == 0).all()
+    assert (context_gpu.row_tiles(nobody, nobody, 128) == 0).all()
 
 
 @pytest.mark.timeout(300)
@@ -104,7 +104,7 @@ def test_forward_of_a_wide_head(monkeypatch):
 
 def test_shared_memory_fits_a_hopper_block():
     """Queries and the ring of keys and values: counted here, because compiling ahead of time does not."""
-    most, ring = 227 * 1024 - 2048, 2 * forward_gpu.STAGES
+    most, ring = 227 * 1024 - 2048, 2 * walk_gpu.STAGES
     for head in (64, 128, 256):
         assert 2 * head * (2 * gpu.ROWS + ring * forward_gpu.tile_context(head)) <= most, head
     for head in (64, 128):  # backward: and the output's gradient, or keys and values and a ring of rows
