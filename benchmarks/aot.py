@@ -158,9 +158,9 @@ on an accelerator; gpu.md says what was.
 
 **What compiling proves.** For TPUs the real compilers run to the end (Mosaic and XLA of libtpu): the kernel lowers,
 its tiles are legal, and its buffers fit VMEM; not that its results are right (tests compare it with its reference
-under `InterpretParams`), nor how fast it is. For the H100, lowering to Mosaic GPU and XLA's part are proven; the
-machine code of a Mosaic GPU kernel is made when it is loaded on a GPU, so registers and shared memory are *not*
-proven here: the kernels count their shared memory themselves.
+under `InterpretParams`), nor how fast it is. For the H100, XLA's part and ptxas run to the end, too, and with
+`MOSAIC_GPU_DUMP_PTXAS=1` show the registers of a Mosaic GPU kernel and what was spilled; shared memory is *not*
+proven here: the kernels count theirs themselves.
 
 **Columns.** `must move`: bytes that any implementation reads or writes (weights, keys, values and state once).
 `moved`: what the TPU kernel moves, as in its cost estimate (tests count its transfers), as a multiple of that. `us`:
