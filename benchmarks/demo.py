@@ -1,4 +1,7 @@
-"""`make demo`: the `dflash` command on a held-out piece of Python code, with the embedded pair."""
+"""`make demo`: the `dflash` command on a held-out piece of Python code, with the embedded pair.
+
+Of the 20 held-out prompts of `make bench` it is the one whose acceptance length is nearest to that of all.
+"""
 
 import sys
 
@@ -6,8 +9,11 @@ from dflash_jax import cli
 from serve.bench.prompts import load_prompts
 
 
+USUAL = 9  # of the prompts: 4.23 tokens a round, where all have 4.30
+
+
 def main() -> int:
-    (prompt,) = load_prompts(None, count=1)
+    prompt = load_prompts(None, count=USUAL + 1)[USUAL]
     print("dflash generate --echo --compare --max-new-tokens 200 --prompt '(held-out Python code)'\n", flush=True)
     return cli.main(["generate", "--echo", "--compare", "--max-new-tokens", "200", f"--prompt={prompt}"])
 
