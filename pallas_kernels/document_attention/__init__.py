@@ -88,10 +88,8 @@ def _splash(
     return jax.vmap(of_row)((heads_first, documents)).swapaxes(1, 2).astype(q.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend_rows(
-    q: Array, k: Array, v: Array, documents: Array, sinks: None, scale: float, window: int | None
-) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend_rows(q: Array, k: Array, v: Array, documents: Array, scale: float, window: int | None) -> Array:
     rows, keys, values = (x[:, :, None] for x in (q, k, v))
     places = jnp.broadcast_to(jnp.arange(q.shape[1]), documents.shape), document_starts(documents)
     return gpu.anchored_attention(rows, k, v, keys, values, *places, causal=True, window=window, scale=scale)[:, :, 0]
@@ -104,7 +102,7 @@ def _rows_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
 def _rows_backward(scale: float, window: int | None, saved: tuple[Array, ...], do: Array) -> tuple[Any, ...]:
     *floats, documents = saved
     reference = functools.partial(_reference, documents=documents, sinks=None, scale=scale, window=window)
-    return *jax.vjp(reference, *floats)[1](do), None, None
+    return *jax.vjp(reference, *floats)[1](do), None
 
 
 _attend_rows.defvjp(_rows_forward, _rows_backward)
@@ -114,4 +112,4 @@ def _row_by_row(
     q: Array, k: Array, v: Array, documents: Array, sinks: None, *, scale: float, window: int | None
 ) -> Array:
     """Gradients are the reference's."""
-    return _attend_rows(q, k, v, documents, sinks, scale, window)
+    return _attend_rows(q, k, v, documents, scale, window)
