@@ -78,7 +78,7 @@ def gated_delta_prefill(
 
     Arguments as for `gated_delta_block`. Rows past the count may hold anything. `documents` numbers the documents that
     lie in a row one after the other: state and convolution begin anew with each, but for the first, which goes on from
-    what is given. The GPU runs the reference for it.
+    what is given.
     """
     arguments: tuple[Any, ...] = (state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count, documents)
     packed = documents is not None
@@ -87,7 +87,7 @@ def gated_delta_prefill(
         *(arguments if packed else arguments[:-1]),
         reference=reference.gated_delta_prefill,
         tpu=tpu_prefill.gated_delta_prefill if _fits_tpu(state, mixed) else None,
-        gpu=gpu.gated_delta_prefill if not packed and _fits_gpu(state, mixed) else None,
+        gpu=gpu.gated_delta_prefill if _fits_gpu(state, mixed) else None,
     )
 
 

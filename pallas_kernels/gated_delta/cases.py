@@ -20,7 +20,10 @@ WIDE, NARROW = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
 
 def cases() -> Iterator[Case]:
-    """Blocks of 1, 16 and 64 rows (chains, and trees of 16), and prefills of 512 and 2048, for batches of 1, 16, 32."""
+    """Blocks of 1, 16 and 64 rows (chains, and trees of 16), and prefills of 512 and 2048, for batches of 1, 16, 32.
+
+    And one row of training, of several documents.
+    """
     for model, heads in MODELS.items():
         for batch in (1, 16, 32):
             for rows in (1, 16, 64):
@@ -28,6 +31,7 @@ def cases() -> Iterator[Case]:
             yield block_case(model, heads, batch, 16, tree=True)
             for rows in (512, 2048):
                 yield prefill_case(model, heads, batch, rows)
+        yield prefill_case(model, heads, 1, 2048, packed=True)
 
 
 def block_case(model: str, heads: tuple[int, int], batch: int, rows: int, tree: bool = False) -> Case:
@@ -41,16 +45,19 @@ def block_case(model: str, heads: tuple[int, int], batch: int, rows: int, tree: 
     return _case(name, gated_delta_block, given + parents, sizes.block_bytes(), moved, sizes.block_flops(), chain)
 
 
-def prefill_case(model: str, heads: tuple[int, int], batch: int, rows: int) -> Case:
-    """A chunk of a prompt."""
+def prefill_case(model: str, heads: tuple[int, int], batch: int, rows: int, packed: bool = False) -> Case:
+    """A chunk of a prompt; `packed`: four documents."""
     given = arguments(batch, rows, PENDING, *heads)
     sizes, tuned = sizes_of(given), tuning(__file__)["default"]["prefill"]
     moved = sizes.prefill_bytes(sizes.Hk // sizes.group(tuned["heads"]), tuned["chunk"])
-    count = (jax.ShapeDtypeStruct((batch,), jnp.int32),)
     must = sizes.prefill_bytes(1, tuned["chunk"])
     flops = sizes.prefill_flops(tuned["chunk"])
-    name, all_rows = f"{model}, batch {batch}, prefill {rows}", (np.full(batch, rows),)
-    return _case(name, gated_delta_prefill, given + count, must, moved, flops, all_rows)
+    whole = [np.full(batch, rows)]
+    if packed:
+        whole.append(np.broadcast_to(np.arange(rows) * 4 // rows, (batch, rows)))
+    counts = tuple(jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in whole)
+    name = f"{model}, batch {batch}, prefill {rows}{', packed' if packed else ''}"
+    return _case(name, gated_delta_prefill, given + counts, must, moved, flops, tuple(whole))
 
 
 def sizes_of(given: tuple[Any, ...]) -> Sizes:

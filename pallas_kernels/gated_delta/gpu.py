@@ -28,7 +28,7 @@ BY_K, BY_V, BY_THREAD = STATE.reduce(1), STATE.reduce(0), plgpu.Layout.WG_STRIDE
 
 def gated_delta_block(
     state: Array, pending: Pending, tail: Array, mixed: Array, b: Array, a: Array, taps: Array, A_log: Array,
-    dt_bias: Array, parents: None = None, *, interpret: Any = None,
+    dt_bias: Array, parents: None = None,
 ) -> tuple[Array, Array, Rows]:  # fmt: skip
     """As the public function, for chains."""
     n = Sizes.of(state, pending, tail, mixed, b, taps)
@@ -40,82 +40,82 @@ def gated_delta_block(
     ]
     count = jnp.full(n.B, n.W, jnp.int32)
     given = pending, tail, mixed, b, a, taps, A_log, dt_bias, count
-    (out, k, u, decay), state = _run(n, outputs, state, *given, deferred=True, interpret=interpret)
+    (out, k, u, decay), state = _run(n, outputs, state, *given, deferred=True)
     return out, state, Rows(k=k, u=u, decay=decay)
 
 
 def gated_delta_prefill(
     state: Array, pending: Pending, tail: Array, mixed: Array, b: Array, a: Array, taps: Array, A_log: Array,
-    dt_bias: Array, count: Array, *, interpret: Any = None,
+    dt_bias: Array, count: Array, documents: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """As the public function."""
     n = Sizes.of(state, pending, tail, mixed, b, taps)
     outputs = [jax.ShapeDtypeStruct((n.B, n.W, n.Hv, n.Dv), mixed.dtype)]
     given = pending, tail, mixed, b, a, taps, A_log, dt_bias, count
-    (out,), state = _run(n, outputs, state, *given, deferred=False, interpret=interpret)
+    if documents is not None:
+        begins = documents[:, 1:] != documents[:, :-1]  # the first document goes on from what is given
+        given = *given, jnp.pad(begins, ((0, 0), (1, 0))).astype(jnp.int32)
+    (out,), state = _run(n, outputs, state, *given, deferred=False)
     return out, state
 
 
 def _run(
     n: Sizes, outputs: list[jax.ShapeDtypeStruct], state: Array, pending: Pending, tail: Array, mixed: Array,
-    *rest: Array, deferred: bool, interpret: Any,
+    *rest: Array, deferred: bool,
 ) -> tuple[list[Array], Array]:  # fmt: skip
     """The outputs, and the state, which the kernel changes where it stands."""
-    b, a, taps, A_log, dt_bias, count = rest
+    b, a, taps, A_log, dt_bias, count, *begins = rest
     tail, mixed, taps = (x.reshape(*x.shape[:-2], n.Hk * n.C) for x in (tail, mixed, taps))
     kept = pending.k, pending.u, pending.weight, pending.fold
-    body = partial(_body, n=n, deferred=deferred, compiled=interpret is None)
+    body = partial(_body, n=n, deferred=deferred, packed=bool(begins))
 
     def with_scratch(*refs: Any) -> None:
         pl.run_scoped(partial(body, *refs), *[plgpu.SMEM((HEAD,), jnp.float32)] * 3, collective_axes=())
 
     # `pl.kernel` and not `plgpu.kernel`, which takes no reference that it may write to.
     mesh = plgpu.Mesh(grid=(n.Hv, n.B), grid_names=("head", "sequence"))
-    kernel: Any = pl.kernel(with_scratch, out_type=outputs, mesh=mesh, interpret=interpret)
+    kernel: Any = pl.kernel(with_scratch, out_type=outputs, mesh=mesh)
     in_place = jax.new_ref(state, memory_space=plgpu.GMEM)
-    outs = kernel(in_place, *kept, tail, mixed, b, a, taps, A_log, dt_bias, count.astype(jnp.int32))
+    outs = kernel(in_place, *kept, tail, mixed, b, a, taps, A_log, dt_bias, count.astype(jnp.int32), *begins)
     return outs, jax.freeze(in_place)
 
 
 def _body(
     state_ref, pk_ref, pu_ref, weight_ref, fold_ref, tail_ref, mixed_ref, b_ref, a_ref, taps_ref, A_ref, dt_ref,
-    count_ref, *refs, n: Sizes, deferred: bool, compiled: bool,
+    count_ref, *refs, n: Sizes, deferred: bool, packed: bool,
 ) -> None:  # fmt: skip
-    """One value head of one sequence."""
+    """One value head of one sequence; of `packed` ones, `refs` begin with the rows where a document begins."""
     *outs, q_smem, k_smem, v_smem = refs
+    begins_ref, *outs = outs if packed else (None, *outs)
     out_ref = outs[0]
     h, s = lax.axis_index("head"), lax.axis_index("sequence")
     key_head = lax.div(h, jnp.int32(n.r))
     start = key_head * n.C
     columns = [start, start + n.Dk, start + 2 * n.Dk + (h - key_head * n.r) * n.Dv]
 
-    def load(ref: Any, layout: Any) -> Array:
-        return hopper.load(ref, layout) if compiled else ref[...]
-
     def spread(x: Array, axis: int) -> Array:  # along the state's other axis
-        x = lax.broadcast_in_dim(x, (HEAD, HEAD), (axis,))
-        return plgpu.layout_cast(x, STATE) if compiled else x
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (HEAD, HEAD), (axis,)), STATE)
 
     def fold_one(p: Array, state: Array) -> Array:
         weight = weight_ref[s, h, p]
 
         def add(state: Array) -> Array:
-            k = load(pk_ref.at[s, key_head, p], BY_K).astype(jnp.float32)
-            u = load(pu_ref.at[s, h, p], BY_V).astype(jnp.float32)
+            k = hopper.load(pk_ref.at[s, key_head, p], BY_K).astype(jnp.float32)
+            u = hopper.load(pu_ref.at[s, h, p], BY_V).astype(jnp.float32)
             return state + spread(k * weight, 0) * spread(u, 1)
 
         return lax.cond(weight != 0.0, add, lambda state: state, state)
 
-    state = load(state_ref.at[s, h], STATE) * fold_ref[s, h]
+    state = hopper.load(state_ref.at[s, h], STATE) * fold_ref[s, h]
     state = lax.fori_loop(0, n.P, fold_one, state)
     if deferred:
         state_ref.at[s, h][...] = state
-    taps = [[load(taps_ref.at[i, pl.ds(c, HEAD)], BY_THREAD).astype(mixed_ref.dtype).astype(jnp.float32)
+    taps = [[hopper.load(taps_ref.at[i, pl.ds(c, HEAD)], BY_THREAD).astype(mixed_ref.dtype).astype(jnp.float32)
              for i in range(n.R + 1)] for c in columns]  # fmt: skip
     rate, bias = jnp.exp(A_ref[h].astype(jnp.float32)), dt_ref[h].astype(jnp.float32)
 
     def convolved(t: Array, before: tuple[Array, ...], column: Array, taps: list[Array]) -> tuple[Any, Array]:
-        row = load(mixed_ref.at[s, t, pl.ds(column, HEAD)], BY_THREAD).astype(jnp.float32)
+        row = hopper.load(mixed_ref.at[s, t, pl.ds(column, HEAD)], BY_THREAD).astype(jnp.float32)
         window = (*before, row)
         x = sum((x * tap for x, tap in zip(window[1:], taps[1:], strict=True)), window[0] * taps[0])
         x = x.astype(mixed_ref.dtype).astype(jnp.float32)
@@ -124,6 +124,9 @@ def _body(
 
     def one_row(t: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         state, decay, windows = carry
+        goes_on = 1.0 if begins_ref is None else jnp.where(begins_ref[s, t] == 0, 1.0, 0.0)
+        if packed:
+            windows = jax.tree.map(lambda x: x * goes_on, windows)
         found = [convolved(t, *x) for x in zip(windows, columns, taps, strict=True)]
         windows, (q, k, v) = tuple(x for x, _ in found), (x for _, x in found)
         k = k * lax.rsqrt(jnp.sum(k * k) + 1e-6)
@@ -137,11 +140,11 @@ def _body(
             def _() -> None:
                 outs[1].at[s, key_head, t][...] = k.astype(outs[1].dtype)
 
-        q, k, v = load(q_smem, BY_K), load(k_smem, BY_K), load(v_smem, BY_V)
+        q, k, v = hopper.load(q_smem, BY_K), hopper.load(k_smem, BY_K), hopper.load(v_smem, BY_V)
         beta = 1.0 / (1.0 + jnp.exp(-b_ref[s, t, h].astype(jnp.float32)))
         beta = beta.astype(b_ref.dtype).astype(jnp.float32)
         g = -rate * _softplus(a_ref[s, t, h].astype(jnp.float32) + bias)
-        state = state * jnp.exp(g)
+        state = state * (jnp.exp(g) * goes_on)
         u = (v - jnp.sum(state * spread(k, 0), 0)) * beta
         state = state + spread(k, 0) * spread(u, 1)
         out_ref.at[s, t, h][...] = jnp.sum(state * spread(q, 0), 0).astype(out_ref.dtype)
@@ -151,15 +154,14 @@ def _body(
         return state, decay + g, windows
 
     windows = tuple(
-        tuple(load(tail_ref.at[s, i, pl.ds(c, HEAD)], BY_THREAD).astype(jnp.float32) for i in range(n.R))
+        tuple(hopper.load(tail_ref.at[s, i, pl.ds(c, HEAD)], BY_THREAD).astype(jnp.float32) for i in range(n.R))
         for c in columns
     )
     state, *_ = lax.fori_loop(0, count_ref[s], one_row, (state, jnp.float32(0.0), windows))
     if not deferred:
 
         def nothing(t: Array, _: None) -> None:  # rows past the count: what was in memory could be NaN
-            zeros = jnp.zeros((HEAD,), out_ref.dtype)
-            out_ref.at[s, t, h][...] = plgpu.layout_cast(zeros, BY_THREAD) if compiled else zeros
+            out_ref.at[s, t, h][...] = plgpu.layout_cast(jnp.zeros((HEAD,), out_ref.dtype), BY_THREAD)
 
         lax.fori_loop(count_ref[s], n.W, nothing, None)
         state_ref.at[s, h][...] = state

@@ -80,10 +80,3 @@ def test_packed_documents_begin_from_nothing(lengths):
         np.testing.assert_allclose(out[:, first : first + length], alone[:, :length], rtol=1e-5, atol=1e-5)
         first += length
     np.testing.assert_allclose(state, last, rtol=1e-5, atol=1e-5)
-
-
-def test_packed_documents_run_the_reference_on_a_gpu():
-    run = Rounds(Shape(Dk=128, Dv=128), 5, np.random.default_rng(0), block, prefill)
-    given = [run.state, run.pending, run.tail, *map(jnp.asarray, (*rows(run.shape, run.rng, 8), *run.weights))]
-    with pytest.raises(ValueError, match="does not take these shapes"):
-        gated_delta_prefill(*given, jnp.asarray([8, 8]), jnp.ones((2, 8), int), implementation="gpu")
