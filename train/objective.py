@@ -197,7 +197,7 @@ def block_predictions(
         ids = sampled.ids[ids]
     if selector is None:
         return _with_anchor_rows(Predictions(nll, ids[..., 0]))
-    scores = values + selector(blocks.labels[:, :, :-1], ids, x)
+    scores = values + selector(blocks.labels[:, :, :-1, None], ids, x)[..., 0, :]
     guess = jnp.take_along_axis(ids, jnp.argmax(scores, -1)[..., None], -1)[..., 0]
     match = ids == labels[..., None]
     selector_nll = losses.cross_entropy(scores, jnp.argmax(match, -1))

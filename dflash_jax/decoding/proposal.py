@@ -89,18 +89,22 @@ def select(
 ) -> tuple[Int32[Array, "B W-1"], Candidates | None]:
     """DFlash 2: walk the rows' candidates from the anchor on, each scored by how it follows the one before.
 
-    Greedy requests take the best, the others draw at their temperature; then the candidates' probabilities go along.
+    How each follows each candidate of the row before comes out of one product, so that a step of the walk only looks
+    it up. Greedy requests take the best, the others draw at their temperature; then the candidates' probabilities go
+    along.
     """
     choose = _chooser(sampling, lengths[:, None] + 1 + jnp.arange(ids.shape[1]), ids.shape[-1])
-    previous, drafts, probs = anchor, [], []
+    first = jnp.broadcast_to(anchor[:, None, None], ids[:, :1].shape)
+    follows = selector(jnp.concatenate([first, ids[:, :-1]], 1), ids, hidden)  # [B W-1 C C]
+    slot, slots, probs = jnp.zeros_like(anchor), [], []
     for row in range(ids.shape[1]):
-        score = scores[:, row] + selector(previous, ids[:, row], hidden[:, row])
-        choice, q = choose(score, row)
-        previous = jnp.take_along_axis(ids[:, row], choice[:, None], 1)[:, 0].astype(anchor.dtype)
-        drafts.append(previous)
+        behind = jnp.take_along_axis(follows[:, row], slot[:, None, None], 1)[:, 0]
+        slot, q = choose(scores[:, row] + behind, row)
+        slots.append(slot)
         probs.append(q)
+    drafts = jnp.take_along_axis(ids, jnp.stack(slots, 1)[..., None], 2)[..., 0].astype(anchor.dtype)
     random = sampling is not None and sampling.plan.random
-    return jnp.stack(drafts, 1), Candidates(ids, jnp.stack(probs, 1)) if random else None
+    return drafts, Candidates(ids, jnp.stack(probs, 1)) if random else None
 
 
 def _chooser(sampling: Sampling | None, positions: Array, slots: int) -> Callable[[Array, int], tuple[Array, Array]]:

@@ -90,12 +90,12 @@ class Selector(nnx.Module):
         self.hidden = linear(config.hidden_size, config.selector_rank, ("embed", None), dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, previous: Int[Array, "..."], candidates: Int[Array, "... C"], hidden: Float[Array, "... D"]
-    ) -> Float[Array, "... C"]:
-        """What to add to the candidates' logits after `previous`, in fp32."""
-        query = self.predecessor[...][previous].astype(hidden.dtype) * self.hidden(hidden)
+        self, previous: Int[Array, "... P"], candidates: Int[Array, "... C"], hidden: Float[Array, "... D"]
+    ) -> Float[Array, "... P C"]:
+        """What to add to the candidates' logits behind each of P tokens that may come before them, in fp32."""
+        query = self.predecessor[...][previous].astype(hidden.dtype) * self.hidden(hidden)[..., None, :]
         keys = self.successor[...][candidates].astype(hidden.dtype)
-        return jnp.einsum("...r,...cr->...c", query, keys, preferred_element_type=jnp.float32)
+        return jnp.einsum("...pr,...cr->...pc", query, keys, preferred_element_type=jnp.float32)
 
 
 class Drafter(nnx.Module):

@@ -114,7 +114,8 @@ def test_selector_learns_among_its_candidates_with_the_true_predecessor(target):
             continue
         logits = np.asarray(short.head(target.head)(hidden[0, a, w]))
         ids = np.argsort(-logits)[:2]
-        extra = short.selector(jnp.asarray(labels[0, a, w - 1]), jnp.asarray(ids), jnp.asarray(hidden[0, a, w]))
+        before = jnp.asarray(labels[0, a, w - 1 : w])
+        extra = short.selector(before, jnp.asarray(ids), jnp.asarray(hidden[0, a, w]))[0]
         scores = logits[ids] + np.asarray(extra)
         assert rows.guess[0, a, w] == ids[scores.argmax()]
         assert rows.listed[0, a, w] == (labels[0, a, w] in ids)

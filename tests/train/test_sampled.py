@@ -84,7 +84,8 @@ def test_predictions_against_numpy(models):
             rows.nll[0, a, w], np.log(np.exp(raised).sum()) - logits[labels[0, a, w]], rtol=1e-5, atol=1e-5
         )
         top = ids[np.argsort(-logits[ids])][: model.config.selector_top_k]
-        extra = model.selector(jnp.asarray(labels[0, a, w - 1]), jnp.asarray(top), jnp.asarray(hidden[0, a, w]))
+        before = jnp.asarray(labels[0, a, w - 1 : w])
+        extra = model.selector(before, jnp.asarray(top), jnp.asarray(hidden[0, a, w]))[0]
         assert rows.guess[0, a, w] == top[(logits[top] + np.asarray(extra)).argmax()]
         assert rows.listed[0, a, w] == (labels[0, a, w] in top)
 
