@@ -233,7 +233,8 @@ def _generate(options: GenerateOptions) -> int:
         screen.summary(facts, options.draft)
         if options.compare:
             screen.wait("timing plain and speculative decoding")
-            screen.comparison(_compare(pair, prompt, settings))
+            samples = options.temperature > 0 and pair.drafter.selector is not None
+            screen.comparison(_compare(pair, prompt, settings), samples)
     return 0
 
 
@@ -412,13 +413,17 @@ class Screen:
             parts.insert(1, f"acceptance length {facts['acceptance_length']:.2f}")
         print(", ".join(parts), file=self.file, flush=True)
 
-    def comparison(self, facts: dict[str, Any]) -> None:
-        """One line on speculative against plain decoding, both warmed up."""
+    def comparison(self, facts: dict[str, Any], samples: bool) -> None:
+        """One line on speculative against plain decoding, both warmed up.
+
+        `samples`: both draw from the target's distribution, each with numbers of its own, so that they may differ.
+        """
         self._stop_waiting()
+        differ = "two samples of the same distribution" if samples else "NOT identical"
         print(
             f"{facts['speedup']:.2f}x plain decoding ({facts['tokens_per_second']:.1f} against "
             f"{facts['plain_tokens_per_second']:.1f} tokens/s, both warm); "
-            f"outputs are {'identical' if facts['identical'] else 'NOT identical'}",
+            f"outputs are {'identical' if facts['identical'] else differ}",
             file=self.file,
         )
 

@@ -150,10 +150,20 @@ def test_compare(pair, capsys, plain, identical):
     assert kinds[2:].count(True) == kinds[2:].count(False) > 0
 
 
-@pytest.mark.parametrize(("plain", "words"), [(ANSWER, "identical"), ("other", "NOT identical")])
-def test_compare_says_it_in_words(pair, capsys, plain, words):
+@pytest.mark.parametrize(
+    ("plain", "temperature", "selector", "words"),
+    [
+        (ANSWER, 0, True, "identical"),
+        ("other", 0, True, "NOT identical"),
+        ("other", 1, False, "NOT identical"),
+        ("other", 1, True, "two samples of the same distribution"),
+    ],
+)
+def test_compare_says_it_in_words(pair, capsys, plain, temperature, selector, words):
+    """What is sampled is the same both ways, unless a selector draws the drafts."""
     pair.answers[False] = plain
-    cli.main(["generate", "--prompt", "x", "--compare"])
+    pair.drafter = SimpleNamespace(selector=object() if selector else None)
+    cli.main(["generate", "--prompt", "x", "--compare", "--temperature", str(temperature)])
     last = capsys.readouterr().out.rstrip().split("\n")[-1]
     assert re.match(r"\d+\.\d\dx plain decoding \(.*\); outputs are ", last)
     assert last.endswith(f"outputs are {words}")
