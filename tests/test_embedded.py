@@ -8,6 +8,7 @@ import pytest
 import dflash_jax
 from dflash_jax.checkpoints import save_drafter, save_target
 from dflash_jax.pair import EMBEDDED
+from tests.statistics import THRESHOLD, chi_square
 
 PROMPTS = [json.loads(line)["prompt"] for line in (EMBEDDED / "prompts.jsonl").read_text("utf-8").splitlines()]
 
@@ -37,11 +38,23 @@ def test_the_drafter_is_right_often(both):
     assert all(length == 1 for generation in both[1] for length in generation.acceptance_lengths)
 
 
-def test_sampled_output_is_that_of_plain_sampling(pair):
-    settings = {"max_new_tokens": 24, "temperature": 0.8, "top_p": 0.95, "seed": [3, 4]}
-    speculative = dflash_jax.generate(pair, PROMPTS[8:10], **settings)
-    plain = dflash_jax.generate(pair, PROMPTS[8:10], draft=False, **settings)
-    assert [g.tokens for g in speculative] == [g.tokens for g in plain]
+def test_sampled_output_has_the_distribution_of_plain_sampling(pair):
+    """Three tokens, one of the prompt's pass and two of the first block, each of the three likeliest."""
+    prompt, batch, calls = pair.tokenizer.encode("import sys\nimport os\nimport"), 32, 12
+    paths, probabilities = np.array([prompt]), np.ones(1)
+    for _ in range(3):
+        logits = np.asarray(pair.logits(paths), np.float64)[:, -1]
+        likeliest = np.argsort(-logits, -1)[:, :3]
+        weights = np.exp(np.take_along_axis(logits, likeliest, -1))
+        probabilities = (probabilities[:, None] * weights / weights.sum(-1, keepdims=True)).ravel()
+        paths = np.concatenate([np.repeat(paths, 3, 0), likeliest.reshape(-1, 1)], 1)
+    drawn = []
+    for seed in range(0, batch * calls, batch):
+        settings = {"max_new_tokens": 3, "temperature": 1.0, "top_k": 3, "seed": list(range(seed, seed + batch))}
+        drawn += [tuple(made.tokens) for made in dflash_jax.generate(pair, [prompt] * batch, **settings)]
+    counts = np.array([drawn.count(tuple(path[-3:])) for path in paths.tolist()])
+    assert counts.sum() == batch * calls
+    assert chi_square(counts, probabilities) > THRESHOLD
 
 
 def test_a_stream_is_the_generation_in_pieces(pair, both):

@@ -48,10 +48,11 @@ def default_target() -> TargetTraining:
 def default_drafter() -> DrafterTraining:
     """The embedded drafter, as it is shipped."""
     return DrafterTraining(
-        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384),
-        loop=LoopConfig(steps=4000),
-        optimizer=OptimizerConfig("muon", learning_rate=5e-3),
-        anchors=64,
+        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384, convolution=True, selector_rank=64),
+        loop=LoopConfig(steps=6000),
+        optimizer=OptimizerConfig("muon", learning_rate=5e-3, adam_learning_rate=2e-3),
+        loss="dpace",
+        anchors=48,
     )
 
 
@@ -69,19 +70,17 @@ class EmbeddedPair:
         drafter_out: folder of the drafter's run
         folder: where the pair goes
         prompts: held-out prompts to put beside it
-        rows: block size to ship, the anchor included
     """
 
     target: TargetTraining = dataclasses.field(default_factory=default_target)
-    cuts: corpus.PromptConfig = dataclasses.field(default_factory=corpus.PromptConfig)
-    responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=256, sampled=0.1))
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=352, threads=1, taps="cache"))
+    cuts: corpus.PromptConfig = dataclasses.field(default_factory=lambda: corpus.PromptConfig(count=4096))
+    responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=192, sampled=0.3))
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=288, threads=1, taps="cache"))
     drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
     texts: Path = Path("runs/embedded/texts")
     drafter_out: Path = Path("runs/embedded/drafter")
     folder: Path = Path(dflash_jax.__file__).parent / "embedded"
     prompts: int = 40
-    rows: int = 6
 
 
 def run_target(config: TargetTraining) -> None:
@@ -133,8 +132,6 @@ def run_drafter(config: EmbeddedPair) -> None:
     model, done = train_drafter(config.drafter, drafter_setting(config))
     if not done:
         raise InputError("the drafter's training was stopped by --drafter.loop.minutes; run again to go on")
-    # Trained on blocks of 8 it runs on shorter ones too; 6 rows are the quickest on two CPU cores (`make bench`).
-    model.config = dataclasses.replace(model.config, block_size=config.rows)
     save_drafter(model, config.folder / "drafter", jnp.bfloat16)
 
 
