@@ -52,11 +52,14 @@ def gated_delta_prefill(
     n = Sizes.of(state, pending, tail, mixed, b, taps)
     outputs = [jax.ShapeDtypeStruct((n.B, n.W, n.Hv, n.Dv), mixed.dtype)]
     given = pending, tail, mixed, b, a, taps, A_log, dt_bias, count
-    if documents is not None:
-        begins = documents[:, 1:] != documents[:, :-1]  # the first document goes on from what is given
-        given = *given, jnp.pad(begins, ((0, 0), (1, 0))).astype(jnp.int32)
-    (out,), state = _run(n, outputs, state, *given, deferred=False)
+    begins = [] if documents is None else [_begins(documents)]
+    (out,), state = _run(n, outputs, state, *given, *begins, deferred=False)
     return out, state
+
+
+def _begins(documents: Array) -> Array:
+    """1 where a document begins [B, T], but for the first one, which goes on from what is given."""
+    return jnp.pad(documents[:, 1:] != documents[:, :-1], ((0, 0), (1, 0))).astype(jnp.int32)
 
 
 def _run(
