@@ -81,10 +81,9 @@ def gated_delta_prefill(
     what is given.
     """
     arguments: tuple[Any, ...] = (state, pending, tail, mixed, b, a, taps, A_log, dt_bias, count, documents)
-    packed = documents is not None
     return dispatch(
         implementation,
-        *(arguments if packed else arguments[:-1]),
+        *arguments,
         reference=reference.gated_delta_prefill,
         tpu=tpu_prefill.gated_delta_prefill if _fits_tpu(state, mixed) else None,
         gpu=gpu.gated_delta_prefill if _fits_gpu(state, mixed) else None,

@@ -96,41 +96,23 @@ def _body(
     start = key_head * n.C
     columns = [start, start + n.Dk, start + 2 * n.Dk + (h - key_head * n.r) * n.Dv]
 
-    def spread(x: Array, axis: int) -> Array:  # along the state's other axis
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, (HEAD, HEAD), (axis,)), STATE)
-
-    def fold_one(p: Array, state: Array) -> Array:
-        weight = weight_ref[s, h, p]
-
-        def add(state: Array) -> Array:
-            k = hopper.load(pk_ref.at[s, key_head, p], BY_K).astype(jnp.float32)
-            u = hopper.load(pu_ref.at[s, h, p], BY_V).astype(jnp.float32)
-            return state + spread(k * weight, 0) * spread(u, 1)
-
-        return lax.cond(weight != 0.0, add, lambda state: state, state)
-
     state = hopper.load(state_ref.at[s, h], STATE) * fold_ref[s, h]
-    state = lax.fori_loop(0, n.P, fold_one, state)
+    state = _folded(state, pk_ref.at[s, key_head], pu_ref.at[s, h], weight_ref.at[s, h], n.P)
     if deferred:
         state_ref.at[s, h][...] = state
     taps = [[hopper.load(taps_ref.at[i, pl.ds(c, HEAD)], BY_THREAD).astype(mixed_ref.dtype).astype(jnp.float32)
              for i in range(n.R + 1)] for c in columns]  # fmt: skip
     rate, bias = jnp.exp(A_ref[h].astype(jnp.float32)), dt_ref[h].astype(jnp.float32)
 
-    def convolved(t: Array, before: tuple[Array, ...], column: Array, taps: list[Array]) -> tuple[Any, Array]:
-        row = hopper.load(mixed_ref.at[s, t, pl.ds(column, HEAD)], BY_THREAD).astype(jnp.float32)
-        window = (*before, row)
-        x = sum((x * tap for x, tap in zip(window[1:], taps[1:], strict=True)), window[0] * taps[0])
-        x = x.astype(mixed_ref.dtype).astype(jnp.float32)
-        x = x / (1.0 + jnp.exp(-x))
-        return window[1:], x.astype(mixed_ref.dtype).astype(jnp.float32)
-
     def one_row(t: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         state, decay, windows = carry
         goes_on = 1.0 if begins_ref is None else jnp.where(begins_ref[s, t] == 0, 1.0, 0.0)
         if packed:
             windows = jax.tree.map(lambda x: x * goes_on, windows)
-        found = [convolved(t, *x) for x in zip(windows, columns, taps, strict=True)]
+        found = [
+            _convolved(mixed_ref.at[s, t, pl.ds(column, HEAD)], before, of_column)
+            for column, before, of_column in zip(columns, windows, taps, strict=True)
+        ]
         windows, (q, k, v) = tuple(x for x, _ in found), (x for _, x in found)
         k = k * lax.rsqrt(jnp.sum(k * k) + 1e-6)
         q = q * (lax.rsqrt(jnp.sum(q * q) + 1e-6) * n.Dk**-0.5)
@@ -148,9 +130,9 @@ def _body(
         beta = beta.astype(b_ref.dtype).astype(jnp.float32)
         g = -rate * _softplus(a_ref[s, t, h].astype(jnp.float32) + bias)
         state = state * (jnp.exp(g) * goes_on)
-        u = (v - jnp.sum(state * spread(k, 0), 0)) * beta
-        state = state + spread(k, 0) * spread(u, 1)
-        out_ref.at[s, t, h][...] = jnp.sum(state * spread(q, 0), 0).astype(out_ref.dtype)
+        u = (v - jnp.sum(state * _spread(k, 0), 0)) * beta
+        state = state + _spread(k, 0) * _spread(u, 1)
+        out_ref.at[s, t, h][...] = jnp.sum(state * _spread(q, 0), 0).astype(out_ref.dtype)
         if deferred:
             outs[2].at[s, h, t][...] = u.astype(outs[2].dtype)
             outs[3][s, h, t] = decay + g
@@ -168,6 +150,36 @@ def _body(
 
         lax.fori_loop(count_ref[s], n.W, nothing, None)
         state_ref.at[s, h][...] = state
+
+
+def _spread(x: Array, axis: int) -> Array:
+    """Along the state's other axis."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (HEAD, HEAD), (axis,)), STATE)
+
+
+def _folded(state: Array, k_ref: Any, u_ref: Any, weight_ref: Any, rows: int) -> Array:
+    """The state with the pending rows; those of weight 0 may hold anything."""
+
+    def one(p: Array, state: Array) -> Array:
+        weight = weight_ref[p]
+
+        def add(state: Array) -> Array:
+            k = hopper.load(k_ref.at[p], BY_K).astype(jnp.float32)
+            u = hopper.load(u_ref.at[p], BY_V).astype(jnp.float32)
+            return state + _spread(k * weight, 0) * _spread(u, 1)
+
+        return lax.cond(weight != 0.0, add, lambda state: state, state)
+
+    return lax.fori_loop(0, rows, one, state)
+
+
+def _convolved(row_ref: Any, before: tuple[Array, ...], taps: list[Array]) -> tuple[Any, Array]:
+    """The rows before the next one, and this one after convolution and silu."""
+    window = (*before, hopper.load(row_ref, BY_THREAD).astype(jnp.float32))
+    x = sum((x * tap for x, tap in zip(window[1:], taps[1:], strict=True)), window[0] * taps[0])
+    x = x.astype(row_ref.dtype).astype(jnp.float32)
+    x = x / (1.0 + jnp.exp(-x))
+    return window[1:], x.astype(row_ref.dtype).astype(jnp.float32)
 
 
 def _softplus(x: Array) -> Array:
