@@ -22,7 +22,7 @@ EVERYTHING = SamplingPlan(random=True, filters=True, penalties=True, bias=True, 
 
 # Tokens of a page, and passes over prompts: many rows are expensive on a CPU and next to free on an accelerator.
 PAGE = {"cpu": 16, "accelerator": 64}
-PREFILL = {"cpu": ((4, 32), (1, 128)), "accelerator": ((4, 64), (1, 256))}
+PREFILL = {"cpu": ((1, 32), (4, 32), (1, 128)), "accelerator": ((4, 64), (1, 256))}
 
 MEMORY = 0.85  # of an accelerator's
 
@@ -48,6 +48,7 @@ class EngineConfig:
     adaptive: bool = True  # False: always the widest
     rounds: int = 8  # most rounds a dispatch
     rounds_while_filling: int = 2  # while more prompts wait than have had their turn
+    dispatch_ms: float = 25.0  # that the rounds of a dispatch should take while slots are free: who comes waits for it
     passes: int = 4  # most over prompts between two dispatches of rounds
     prefill: tuple[tuple[int, int], ...] | None = None  # (prompts, tokens of each) a pass; None: see `PREFILL`
     plans: tuple[SamplingPlan, ...] = (GREEDY, DRAWN, EVERYTHING)  # a dispatch takes the first that does for all
@@ -82,6 +83,7 @@ class Resolved:
     widths: tuple[int, ...]
     adaptive: bool
     rounds_while_filling: int
+    dispatch_ms: float
     passes: int
     prefill: tuple[tuple[int, int], ...]
     plans: tuple[SamplingPlan, ...]
@@ -174,8 +176,8 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     if sizes.pages < least + 1:
         raise InputError(f"there are {sizes.pages} pages of {page_size}; give at least {least + 1}: max_length and one")
     made = Resolved(
-        sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling, c.passes,
-        tuple(sorted(prefill, key=lambda s: s[1])), plans, c.prefix_cache, c.max_requests, c.logprobs,
+        sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling, c.dispatch_ms,
+        c.passes, tuple(sorted(prefill, key=lambda s: (s[1], s[0]))), plans, c.prefix_cache, c.max_requests, c.logprobs,
     )  # fmt: skip
     if not c.logprobs:
         return made

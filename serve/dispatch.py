@@ -1,7 +1,7 @@
 """What runs next: prompts into slots, chunks of them, and rounds of all that decode."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import jax
@@ -145,13 +145,20 @@ class Dispatcher:
         c, bucket, running = self.config, self._bucket(rows), self.scheduler.running
         settings = c.plan_for(r.sampling.plan for r in rows)
         load, others = (settings, bucket), any(r.waits_for_prefill or r.matcher is not None for r in running)
-        rounds = c.rounds_while_filling if others else c.sizes.rounds
         share = sum(self._can_draft(r) for r in rows) / len(rows)
         width, trial = self.controller.choose(load, share)
         plain = share == 0 or (width == 1 and self.controller.settled_on_plain(load))
+        rounds = c.rounds_while_filling if others else self._rounds(load, width)
         rounds = min(rounds, 2) if trial else rounds
         plan = Plan(bucket, settings, width, self._drafts and not plain, rounds, load)
         return plan, plan.of(rounds=1)
+
+    def _rounds(self, load: Hashable, width: int) -> int:
+        """How many a dispatch has: as many as may be, but not many long ones while somebody could come."""
+        most, cost = self.config.sizes.rounds, self.controller.cost(load, width)
+        if None not in self.scheduler.slots or cost is None:
+            return most
+        return max(1, min(most, int(self.config.dispatch_ms / 1e3 / cost)))
 
     def _can_draft(self, r: Running) -> bool:
         if self.programs.pair.drafter is None or r.cold is not None:

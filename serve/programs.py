@@ -143,14 +143,14 @@ class Programs:
         """Compile what `rounds` runs for a plan, which then is there at once. From any thread, while nothing runs."""
         call = self._rounds(self._placed((), plan)[1], plan, ())
         with self.pair.on_mesh():
-            steps.run_rounds.lower(*call.args, **call.keywords).compile()
+            call.func.lower(*call.args, **call.keywords).compile()
 
     def _rounds(self, slots: np.ndarray, plan: Plan, deltas: Sequence[tuple[int, int, int]]) -> partial[Any]:
         order = np.concatenate([slots, [plan.rounds], self._changes(deltas)]).astype(np.int32)
         split = self.pair.split if plan.draft else self.pair.split_target
         return partial(
-            steps.run_rounds, *split, self.state, order, bucket=plan.bucket, sizes=self.sizes, width=plan.width,
-            plan=plan.settings, draft=plan.draft,
+            steps.run_rounds(plan.bucket * plan.width), *split, self.state, order, bucket=plan.bucket,
+            sizes=self.sizes, width=plan.width, plan=plan.settings, draft=plan.draft,
         )  # fmt: skip
 
     def _changes(self, deltas: Sequence[tuple[int, int, int]]) -> np.ndarray:

@@ -94,13 +94,20 @@ class Scheduler:
         return any(r.cached < last and r.prompt == new.prompt for r in filling)
 
     def chunks(self, shapes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], list[Chunk]] | None:
-        """The next prefill and its shape, one of `shapes`: (prompts, tokens of each), narrow ones first."""
+        """The next prefill and its shape, one of `shapes`: (prompts, tokens of each), small ones first.
+
+        It is as wide as the first prompt needs. Those come along that then take a pass less.
+        """
         pending = [r for r in self.running if r.waits_for_prefill]
         if not pending:
             return None
-        needed = self._next_stop(pending[0]) - pending[0].prefilled
-        shape = next((s for s in shapes if s[1] >= needed), shapes[-1])
-        return shape, [self._chunk(r, shape[1]) for r in pending[: shape[0]]]
+        widest = shapes[-1][1]
+        left = [self._next_stop(r) - r.prefilled for r in pending]
+        tokens = next((tokens for _, tokens in shapes if tokens >= left[0]), widest)
+        chosen = [pending[0], *(r for r, n in zip(pending[1:], left[1:], strict=True) if (n - 1) % widest < tokens)]
+        alike = [shape for shape in shapes if shape[1] == tokens]
+        shape = next((shape for shape in alike if shape[0] >= len(chosen)), alike[-1])
+        return shape, [self._chunk(r, tokens) for r in chosen[: shape[0]]]
 
     def _next_stop(self, r: Running) -> int:
         return next((cut for cut in r.cuts if cut > r.prefilled), r.goal)

@@ -6,6 +6,7 @@ slots, and which pages are new; and it can dispatch the next program before it h
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ from dflash_jax.decoding.acceptance import decide
 from dflash_jax.decoding.prefill import prefill_rows
 from dflash_jax.decoding.proposal import plain_proposal
 from dflash_jax.decoding.round import DecodeState, decode_round, emit, mask_of
-from dflash_jax.decoding.run import PRODUCTS
+from dflash_jax.decoding.run import MANY_PRODUCTS, PRODUCTS
 from dflash_jax.decoding.sampling import SamplingPlan
 from serve.batch import put_back, taken
 from serve.device import LAST, RESUMED, Sizes, Slots
 from serve.news import news_row
+
+MANY_ROWS = 64  # in a round, from which on `MANY_PRODUCTS` are quicker
 
 
 def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
@@ -33,13 +36,12 @@ def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
     return replace(state, decode=replace(state.decode, cache=replace(cache, page_table=table)))
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graph", "bucket", "sizes", "width", "plan", "draft"),
-    donate_argnames=("state",),
-    compiler_options=PRODUCTS,
-)
-def run_rounds(
+def run_rounds(rows: int) -> Any:
+    """The compiled function `_rounds` for so many rows a round, those of all slots together."""
+    return _few_rows if rows < MANY_ROWS else _many_rows
+
+
+def _rounds(
     graph: nnx.GraphDef,
     weights: nnx.State,
     state: Slots,
@@ -60,11 +62,12 @@ def run_rounds(
     slots, rounds, deltas = order[:bucket], order[bucket], order[bucket + 1 :]
     state = with_pages(state, deltas)
     part, sampling, there = taken(state, slots, plan, width, sizes.rounds, draft, bucket == sizes.slots)
-    before, ended = part.known, part.finished
+    before = part.known
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         done, now = carry
-        return (done < rounds) & ~jnp.all(now.finished) & ~jnp.any(now.finished & ~ended)
+        # The first round of a dispatch gives the host time to fill a slot that the dispatch before has left empty.
+        return (done < rounds) & ~jnp.all(now.finished) & ((done == 0) | ~jnp.any(now.finished & there))
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         return carry[0] + 1, decode_round(target, drafter if draft else None, carry[1], sampling, width)
@@ -72,6 +75,12 @@ def run_rounds(
     part = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), part))[1]
     state = put_back(state, part, slots, there, sizes.width, bucket == sizes.slots)
     return state, news_row(part, before, sizes.rounds * width)
+
+
+_jitted: Any = partial(
+    jax.jit, _rounds, static_argnames=("graph", "bucket", "sizes", "width", "plan", "draft"), donate_argnames=("state",)
+)
+_few_rows, _many_rows = _jitted(compiler_options=PRODUCTS), _jitted(compiler_options=MANY_PRODUCTS)
 
 
 @partial(

@@ -43,7 +43,7 @@ def warm_up(programs: Programs, controller: WidthController, progress: Progress 
     for done, call in enumerate(others, len(rounds) + 1):
         call()
         progress(done, count)
-    for bucket in config.buckets if config.adaptive else ():
+    for bucket in config.buckets:
         costs = _costs(programs, bucket)
         for settings in config.plans:
             controller.assume_costs((settings, bucket), costs)

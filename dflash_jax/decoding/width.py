@@ -76,9 +76,13 @@ class WidthController:
     def _load(self, load: Hashable) -> _Load:
         return self._loads.setdefault(load, _Load())
 
+    def cost(self, load: Hashable, width: int) -> float | None:
+        """Seconds a round; None for a width that was never timed."""
+        return self._load(load).cost.get(width)
+
     def rate(self, load: Hashable, width: int, share: float = 1.0) -> float:
         """Tokens a second and sequence; infinite for a width that was never timed."""
-        cost = self._load(load).cost.get(width)
+        cost = self.cost(load, width)
         return float("inf") if cost is None else self.expected(width, share) / cost
 
     def choose(self, load: Hashable, share: float = 1.0) -> tuple[int, bool]:

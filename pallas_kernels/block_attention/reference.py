@@ -85,22 +85,22 @@ def attend(
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
     taken = write and keys.shape[2] > 0
 
-    def read(table: Array | None) -> tuple[Array, Array, Array]:
-        caches = [c if table is None else gather_pages(c, table, lengths, W) for c in (keys, values)]
-        if taken:
-            caches = [write_rows(c, rows, lengths) for c, rows in zip(caches, own, strict=True)]
-        all_keys, all_values = caches
-        seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths, own=taken)
+    def read(all_keys: Array, all_values: Array, together: bool) -> Array:
+        seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths, own=together)
         parts = [(all_keys, all_values, seen)] if all_keys.shape[2] else []
-        if not taken:
+        if not together:
             parts.append((own[0], own[1], jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))))
         out = masked_attention(q, parts, scale, soft_cap, sinks)
-        return one_head(out, keys.shape[1], packed), all_keys, all_values
+        return one_head(out, keys.shape[1], packed)
+
+    def gathered(table: Array) -> Array:
+        return read(*(gather_pages(c, table, lengths) for c in (keys, values)), together=False)
 
     if page_table is None:
-        out, *caches = read(None)
+        caches = [write_rows(c, rows, lengths) for c, rows in zip((keys, values), own, strict=True)] if taken else []
+        out = read(*(caches or (keys, values)), together=taken)
     else:
-        out = _by_longest(lengths, page_table, keys.shape[2], lambda table: read(table)[0])
+        out = _by_longest(lengths, page_table, keys.shape[2], gathered)
         # Their place depends on what was read, by 0: a write that need not wait for the reading has XLA copy all pages.
         place = lengths + (out[:, 0, 0, 0] > jnp.inf)
         caches = [write_rows(c, r, place, page_table=page_table) for c, r in zip((keys, values), own, strict=True)]
@@ -152,8 +152,10 @@ def masked_attention(
     grouped = q.reshape(B, W, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * W, H)
 
     def score(keys: Array, mask: Array) -> Array:
-        # Keys on the left: with them on the right the CPU packs the whole cache anew (4x slower at 512 positions).
-        x = jnp.einsum("bksh,bkrh->bksr", keys, grouped, preferred_element_type=jnp.float32).swapaxes(2, 3) * scale
+        # Keys on the left: with them on the right the CPU packs the whole cache anew (4x slower at 512 positions), and
+        # so it does where XLA may put the axes in order within the product.
+        x = jnp.einsum("bksh,bkrh->bksr", keys, grouped, preferred_element_type=jnp.float32)
+        x = jax.lax.optimization_barrier(x).swapaxes(2, 3) * scale
         x = x if soft_cap is None else soft_cap * jnp.tanh(x / soft_cap)
         return jnp.where(mask[:, None, None], x.reshape(B, K, G, W, -1), HIDDEN)
 

@@ -53,11 +53,11 @@ def _scatter(cache: Array, rows: Array, start: Array, count: Array | None, page_
 
 
 def gather_pages(
-    cache: Float[Array, "P K S H"], page_table: Int[Array, "B n"], lengths: Int[Array, "B"], room: int
+    cache: Float[Array, "P K S H"], page_table: Int[Array, "B n"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B K T H"]:
-    """The committed rows of each sequence in order, in a dense cache with zeros behind, at least `room` of them."""
+    """The committed rows of each sequence in order, in a dense cache with zeros behind."""
     B, n = page_table.shape
     pages = cache[jnp.maximum(page_table, 0)].swapaxes(1, 2)  # [B K n page H]
     dense = pages.reshape(B, cache.shape[1], n * cache.shape[2], cache.shape[3])
     committed = jnp.arange(dense.shape[2]) < lengths[:, None]
-    return jnp.pad(jnp.where(committed[:, None, :, None], dense, 0), ((0, 0), (0, 0), (0, room), (0, 0)))
+    return jnp.where(committed[:, None, :, None], dense, 0)
