@@ -149,7 +149,7 @@ class Programs:
         order = np.concatenate([slots, [plan.rounds], self._changes(deltas)]).astype(np.int32)
         split = self.pair.split if plan.draft else self.pair.split_target
         return partial(
-            steps.run_rounds(plan.bucket * plan.width), *split, self.state, order, bucket=plan.bucket,
+            steps.run_rounds(plan.bucket), *split, self.state, order, bucket=plan.bucket,
             sizes=self.sizes, width=plan.width, plan=plan.settings, draft=plan.draft,
         )  # fmt: skip
 

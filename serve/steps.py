@@ -24,7 +24,7 @@ from serve.batch import put_back, taken
 from serve.device import LAST, RESUMED, Sizes, Slots
 from serve.news import news_row
 
-MANY_ROWS = 64  # in a round, from which on `MANY_PRODUCTS` are quicker
+MANY = 16  # slots in a round, from which on `MANY_PRODUCTS` are quicker
 
 
 def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
@@ -36,9 +36,9 @@ def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
     return replace(state, decode=replace(state.decode, cache=replace(cache, page_table=table)))
 
 
-def run_rounds(rows: int) -> Any:
-    """The compiled function `_rounds` for so many rows a round, those of all slots together."""
-    return _few_rows if rows < MANY_ROWS else _many_rows
+def run_rounds(bucket: int) -> Any:
+    """The compiled function `_rounds` for so many slots."""
+    return _of_few if bucket < MANY else _of_many
 
 
 def _rounds(
@@ -80,7 +80,7 @@ def _rounds(
 _jitted: Any = partial(
     jax.jit, _rounds, static_argnames=("graph", "bucket", "sizes", "width", "plan", "draft"), donate_argnames=("state",)
 )
-_few_rows, _many_rows = _jitted(compiler_options=PRODUCTS), _jitted(compiler_options=MANY_PRODUCTS)
+_of_few, _of_many = _jitted(compiler_options=PRODUCTS), _jitted(compiler_options=MANY_PRODUCTS)
 
 
 @partial(

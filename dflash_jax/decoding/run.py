@@ -23,8 +23,8 @@ from dflash_jax.pair import Pair
 from dflash_jax.text import Prompt
 
 # Vectors of 512 bits, where the CPU has them, and maxima that do not look for NaN save 5% each. XLA's newer library of
-# products for the CPU (YNNPACK) is slower for few rows: 2.7 against 2.1 ms for 8 rows of the embedded pair, 0.81 against
-# 0.68 for one; but 25.0 against 27.5 ms for 16 times 8. Other platforms do not look at these options.
+# products for the CPU (YNNPACK) is slower for few sequences: 2.7 against 2.1 ms for 8 rows of the embedded pair, 0.81
+# against 0.68 for one; of 16 sequences 27.6 against 29.9 ms, and 7.6 against 7.9. Other platforms ignore these options.
 MANY_PRODUCTS = {"xla_cpu_prefer_vector_width": "512", "xla_cpu_enable_fast_min_max": True}
 PRODUCTS = MANY_PRODUCTS | {"xla_cpu_experimental_ynn_fusion_type": ""}
 
