@@ -16,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.block_attention.parts import in_parts
 from pallas_kernels.block_attention.plan import round_up
-from pallas_kernels.block_attention.reference import HIDDEN, one_head, own_mask, side_by_side
+from pallas_kernels.block_attention.reference import one_head, own_mask, side_by_side
 from pallas_kernels.block_attention.rows import write_rows
+from pallas_kernels.block_attention.sums import HIDDEN
 
 Array = jax.Array
 TILE = 64  # query rows of a program, and cache rows of a step: what one WGMMA takes

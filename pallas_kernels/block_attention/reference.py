@@ -1,16 +1,15 @@
 """Attention of a block of rows against a cache and against itself: the definition, in jnp."""
 
 from collections.abc import Callable
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.block_attention.rows import gather_pages, write_rows
+from pallas_kernels.block_attention.sums import Sums, averaged, by_key_head, merged, summed
 
-HIDDEN = -1e30  # a finite score: a row without any visible key stays finite
-LEAST_GATHERED = 256  # rows of a sequence below which it does not pay to gather fewer
+GATHERED = 128  # rows of each sequence that are gathered from their pages at a time
 
 
 def visible(
@@ -83,43 +82,51 @@ def attend(
     q, block_keys, block_values = side_by_side(q, block_keys, block_values, packed)
     B, W = q.shape[:2]
     own = block_keys.swapaxes(1, 2), block_values.swapaxes(1, 2)
-    taken = write and keys.shape[2] > 0
+    queries, taken = by_key_head(q, keys.shape[1]), write and keys.shape[2] > 0
 
-    def read(all_keys: Array, all_values: Array, together: bool) -> Array:
-        seen = visible(lengths, W, all_keys.shape[2], causal, window, mask, depths, own=together)
-        parts = [(all_keys, all_values, seen)] if all_keys.shape[2] else []
-        if not together:
-            parts.append((own[0], own[1], jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))))
-        out = masked_attention(q, parts, scale, soft_cap, sinks)
-        return one_head(out, keys.shape[1], packed)
+    def read(keys: Array, values: Array, lengths: Array, together: bool = False) -> Sums:
+        seen = visible(lengths, W, keys.shape[2], causal, window, mask, depths, own=together)
+        return summed(queries, keys, values, seen, scale, soft_cap)
 
-    def gathered(table: Array) -> Array:
-        return read(*(gather_pages(c, table, lengths) for c in (keys, values)), together=False)
+    def read_pages(table: Array, lengths: Array) -> Sums:
+        return read(*(gather_pages(c, table, lengths) for c in (keys, values)), lengths)
 
-    if page_table is None:
-        caches = [write_rows(c, rows, lengths) for c, rows in zip((keys, values), own, strict=True)] if taken else []
-        out = read(*(caches or (keys, values)), together=taken)
+    if page_table is None and taken:
+        keys, values = (write_rows(c, rows, lengths) for c, rows in zip((keys, values), own, strict=True))
+        sums = read(keys, values, lengths, together=True)
     else:
-        out = _by_longest(lengths, page_table, keys.shape[2], gathered)
+        block = jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))
+        sums = summed(queries, *own, block, scale, soft_cap)
+        if page_table is not None:
+            sums = _over_pages(sums, page_table, keys.shape[2], lengths, read_pages)
+        elif keys.shape[2]:
+            sums = merged(sums, read(keys, values, lengths))
+    out = one_head(averaged(sums, sinks).astype(q.dtype), keys.shape[1], packed)
+    if page_table is not None and taken:
         # Their place depends on what was read, by 0: a write that need not wait for the reading has XLA copy all pages.
         place = lengths + (out[:, 0, 0, 0] > jnp.inf)
-        caches = [write_rows(c, r, place, page_table=page_table) for c, r in zip((keys, values), own, strict=True)]
-    return (out, caches[0], caches[1]) if taken else (out, keys, values)
+        keys, values = (
+            write_rows(c, r, place, page_table=page_table) for c, r in zip((keys, values), own, strict=True)
+        )
+    return out, keys, values
 
 
-def _by_longest(
-    lengths: Int[Array, "B"], page_table: Int[Array, "B n"], page: int, read: Callable[[Array], Array]
-) -> Array:
-    """`read` of the page table's first columns: half of them, a quarter, and so on, as long as no sequence has more.
+def _over_pages(
+    sums: Sums, page_table: Int[Array, "B n"], page: int, lengths: Int[Array, "B"], read: Callable[[Array, Array], Sums]
+) -> Sums:
+    """`sums` with what `read` finds in the pages, a few columns of the table at a time, as far as the longest reaches.
 
-    What is gathered then follows the longest sequence that has pages, and not the most that one could have.
+    `read` is given the columns, and how many committed rows there are from their first one on.
     """
-    columns = [page_table.shape[1]]
-    while columns[-1] * page > LEAST_GATHERED:
-        columns.append(-(-columns[-1] // 2))
+    columns = max(1, GATHERED // page)
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % columns)), constant_values=-1)
     longest = jnp.max(jnp.where(page_table[:, 0] >= 0, lengths, 0))
-    index = jnp.sum(jnp.asarray([longest <= n * page for n in columns[1:]], jnp.int32)) if columns[1:] else 0
-    return jax.lax.switch(index, [lambda n=n: read(page_table[:, :n]) for n in columns])
+
+    def more(i: Array, sums: Sums) -> Sums:
+        part = jax.lax.dynamic_slice_in_dim(table, i * columns, columns, axis=1)
+        return merged(sums, read(part, lengths - i * columns * page))
+
+    return jax.lax.fori_loop(0, -(-longest // (columns * page)), more, sums)
 
 
 def side_by_side(q: Array, block_keys: Array, block_values: Array, packed: int) -> tuple[Array, Array, Array]:
@@ -140,37 +147,3 @@ def one_head(out: Array, kv_heads: int, packed: int) -> Array:
     B, W, N, H = out.shape
     out = out.reshape(B, W, kv_heads, packed, N // kv_heads // packed, packed, H // packed)
     return jnp.stack([out[:, :, :, i, :, i] for i in range(packed)], 3).reshape(B, W, N, H // packed)
-
-
-def masked_attention(
-    q: Array, parts: list[tuple[Array, Array, Array]], scale: float, soft_cap: float | None, sinks: Array | None
-) -> Array:
-    """q [B W N H] against parts of keys and values [B K S H], of which row w sees mask [B W S]; fp32 inside."""
-    B, W, N, H = q.shape
-    K = parts[0][0].shape[1]
-    G = N // K
-    grouped = q.reshape(B, W, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * W, H)
-
-    def score(keys: Array, mask: Array) -> Array:
-        # Keys on the left: with them on the right the CPU packs the whole cache anew (4x slower at 512 positions), and
-        # so it does where XLA may put the axes in order within the product.
-        x = jnp.einsum("bksh,bkrh->bksr", keys, grouped, preferred_element_type=jnp.float32)
-        x = jax.lax.optimization_barrier(x).swapaxes(2, 3) * scale
-        x = x if soft_cap is None else soft_cap * jnp.tanh(x / soft_cap)
-        return jnp.where(mask[:, None, None], x.reshape(B, K, G, W, -1), HIDDEN)
-
-    scores = [score(keys, mask) for keys, _, mask in parts]
-    top = reduce(jnp.maximum, (jnp.max(x, -1) for x in scores))
-    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, G, 1)
-    top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
-    weights = [jnp.exp(x - top[..., None]) for x in scores]
-    total = reduce(jnp.add, (jnp.sum(x, -1) for x in weights))
-    total = total if sink is None else total + jnp.exp(sink - top)
-
-    def weigh(x: Array, values: Array) -> Array:
-        x = x.reshape(B, K, G * W, -1).astype(values.dtype)
-        return jnp.einsum("bkrs,bksh->bkrh", x, values, preferred_element_type=jnp.float32)
-
-    out = reduce(jnp.add, (weigh(x, values) for x, (_, values, _) in zip(weights, parts, strict=True)))
-    out = out.reshape(B, K, G, W, H) / total[..., None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, W, N, H).astype(q.dtype)

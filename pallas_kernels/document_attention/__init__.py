@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.anchored_attention import gpu
-from pallas_kernels.block_attention.reference import masked_attention
+from pallas_kernels.block_attention.sums import averaged, by_key_head, summed
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.documents import document_starts
 
@@ -53,7 +53,7 @@ def _reference(
         seen = (own[:, :, None] == documents[:, None]) & (at[0][:, None] >= t)
         if window is not None:
             seen &= at[0][:, None] - t < window
-        return masked_attention(q, [(keys, values, seen)], scale, None, sinks)
+        return averaged(summed(by_key_head(q, k.shape[2]), keys, values, seen, scale, None), sinks).astype(q.dtype)
 
     count = max(1, min(T, SCORES // (B * N * T)))
     if count == T:
