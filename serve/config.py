@@ -47,8 +47,8 @@ class EngineConfig:
     widths: tuple[int, ...] | None = None  # rows of a round; None: 1, half a block, a block
     adaptive: bool = True  # False: always the widest
     rounds: int = 8  # most rounds a dispatch
-    rounds_while_filling: int = 2  # while more prompts wait than have had their turn
-    dispatch_ms: float = 25.0  # that the rounds of a dispatch should take while slots are free: who comes waits for it
+    rounds_while_filling: int = 2  # most while more prompts wait than have had their turn
+    dispatch_ms: float = 25.0  # that a dispatch's rounds should take at most while prompts wait, or slots are free
     passes: int = 4  # most over prompts between two dispatches of rounds
     prefill: tuple[tuple[int, int], ...] | None = None  # (prompts, tokens of each) a pass; None: see `PREFILL`
     plans: tuple[SamplingPlan, ...] = (GREEDY, DRAWN, EVERYTHING)  # a dispatch takes the first that does for all

@@ -148,17 +148,17 @@ class Dispatcher:
         share = sum(self._can_draft(r) for r in rows) / len(rows)
         width, trial = self.controller.choose(load, share)
         plain = share == 0 or (width == 1 and self.controller.settled_on_plain(load))
-        rounds = c.rounds_while_filling if others else self._rounds(load, width)
-        rounds = min(rounds, 2) if trial else rounds
+        rounds = min(self._rounds(load, width, others), 2 if trial else c.sizes.rounds)
         plan = Plan(bucket, settings, width, self._drafts and not plain, rounds, load)
         return plan, plan.of(rounds=1)
 
-    def _rounds(self, load: Hashable, width: int) -> int:
-        """How many a dispatch has: as many as may be, but not many long ones while somebody could come."""
-        most, cost = self.config.sizes.rounds, self.controller.cost(load, width)
-        if None not in self.scheduler.slots or cost is None:
+    def _rounds(self, load: Hashable, width: int, others: bool) -> int:
+        """How many a dispatch has: as many as may be, but not many long ones where `others` wait or could come."""
+        c, cost = self.config, self.controller.cost(load, width)
+        most = c.rounds_while_filling if others else c.sizes.rounds
+        if cost is None or not (others or None in self.scheduler.slots):
             return most
-        return max(1, min(most, int(self.config.dispatch_ms / 1e3 / cost)))
+        return max(1, min(most, int(c.dispatch_ms / 1e3 / cost)))
 
     def _can_draft(self, r: Running) -> bool:
         if self.programs.pair.drafter is None or r.cold is not None:

@@ -55,6 +55,8 @@ def test_equals_attention_row_by_row(causal, window, sink):
         {"dtype": "bfloat16"},
         {"lengths": (0, 57, 16, 15), "width": 7},
         {"lengths": (5, 23, 0), "width": 37, "window": 20},
+        {"lengths": (300, 129, 0), "pages": 20, "window": 150, "sinks": True, "tree": True},
+        {"lengths": (128, 256), "pages": 17, "soft_cap": 3.0},
     ],
 )
 def test_equals_a_float64_truth_and_touches_only_its_own_rows(paged: bool, change: dict):
@@ -64,11 +66,15 @@ def test_equals_a_float64_truth_and_touches_only_its_own_rows(paged: bool, chang
     block.check(block.run(unused, implementation="reference"), unused=unused)
 
 
-def test_paged_equals_dense():
-    paged = Block((3, 41, 20), 9, head_dim=8, window=30, tree=True)
-    dense = Block((3, 41, 20), 9, head_dim=8, window=30, tree=True, paged=False)
-    outs = (block.run(0.0, implementation="reference")[0] for block in (paged, dense))
-    np.testing.assert_array_equal(*outs)
+def test_it_does_not_matter_where_pages_lie():
+    arrays, options = Block((3, 41, 200), 9, head_dim=8, window=150, tree=True, pages=14).arguments()
+    out = block_attention(*arrays, **options)[0]
+    moved = np.random.default_rng(1).permutation(len(arrays[1]))
+    arrays[1:3] = (pool[moved] for pool in arrays[1:3])
+    table = options["page_table"]
+    there = jnp.where(table < 0, -1, jnp.argsort(jnp.asarray(moved))[table])
+    assert not np.array_equal(there, table)
+    np.testing.assert_array_equal(block_attention(*arrays, **options | {"page_table": there})[0], out)
 
 
 def test_rows_without_a_page_are_dropped():
