@@ -28,12 +28,14 @@ class Collector:
     ):
         self.config, self.controller, self.stats, self._end = config, controller, stats, end
         self._last = 0.0  # when the news before these were there
+        self.ended = False  # whether a request came to its end with the last news
 
     def collect(self, flight: Flight) -> None:
         """Read the news of a flight: the place where the host waits for the device."""
         first, news = jax.device_get((flight.first, [batch.news for batch in flight.batches]))
         now = time.perf_counter()
         self.stats.host_syncs += 1
+        self.ended = False
         if flight.first is not None:
             for row, chunk in zip(first, flight.chunks, strict=False):
                 self.stats.prefill_tokens += chunk.count
@@ -69,13 +71,17 @@ class Collector:
             r.drafted += (width - 1) * len(counts)
             r.accepted += sum(counts) - len(counts)
         if r.matcher is not None and r.matcher.error is not None:
-            self._end(r, InputError(f"the grammar cannot be followed: {r.matcher.error}"))
+            self._finish(r, InputError(f"the grammar cannot be followed: {r.matcher.error}"))
         elif r.matcher is not None and r.matcher.complete:
-            self._end(r, "stop")
+            self._finish(r, "stop")
         elif said.ended or r.output.transcript.stopped:
-            self._end(r, None)
+            self._finish(r, None)
         elif piece := r.output.piece():
             r.handle.put(piece)
+
+    def _finish(self, r: Running, reason: str | Exception | None) -> None:
+        self.ended = True
+        self._end(r, reason)
 
     def _learn(self, batch: Batch, counts: list[list[int]], seconds: float | None) -> None:
         """Acceptance and cost of the rounds, for the controller and for whoever watches."""

@@ -156,7 +156,7 @@ class Dispatcher:
         """How many a dispatch has: as many as may be, but not many long ones where `others` wait or could come."""
         c, cost = self.config, self.controller.cost(load, width)
         most = c.rounds_while_filling if others else c.sizes.rounds
-        if cost is None or not (others or None in self.scheduler.slots):
+        if cost is None or not (others or any(r is None or r.least >= r.limit for r in self.scheduler.slots)):
             return most
         return max(1, min(most, int(c.dispatch_ms / 1e3 / cost)))
 

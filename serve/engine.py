@@ -6,6 +6,7 @@ host turns tokens into text; and the host reads from the device once a dispatch,
 grammar need the host in every round.
 """
 
+import contextlib
 import queue
 import threading
 from collections import deque
@@ -128,7 +129,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._take_commands(wait=False)
+        self._take_commands(0)
         self._cancel_all()
 
     def _cancel_all(self) -> None:
@@ -149,7 +150,7 @@ class Engine:
         try:
             while not self._closed:
                 if not self.step() and not self._closed:  # that step may have taken what `close` wakes it with
-                    self._take_commands(wait=True)
+                    self._take_commands(None)
         except Exception as error:  # whoever waits must hear of it
             with self._lock:
                 self._error = error
@@ -161,7 +162,7 @@ class Engine:
 
     def step(self) -> bool:
         """One turn of the loop; False if there was nothing to do."""
-        self._take_commands(wait=False)
+        self._take_commands(self._spare_seconds())
         while self._flights and self._dispatcher.masked:
             self._collect()
         flight = self._dispatcher.dispatch(more=bool(self._flights))
@@ -175,16 +176,27 @@ class Engine:
     def _collect(self) -> None:
         self._collector.collect(self._flights.popleft())
 
-    def _take_commands(self, wait: bool) -> None:
+    def _spare_seconds(self) -> float:
+        """How long the next programs may wait for somebody to come: where a request has just ended, its sender may.
+
+        Half a round, since the device has one to do meanwhile: that of the dispatch made before this was known.
+        """
+        if not self._flights or not self._collector.ended or self.scheduler.waiting:
+            return 0.0
+        plans = (batch.plan for batch in self._flights[-1].batches)
+        return sum(self.controller.cost(plan.load, plan.width) or 0.0 for plan in plans) / 2
+
+    def _take_commands(self, wait: float | None) -> None:
         for command in self._asked(wait):
             self._obey(command)
 
-    def _asked(self, wait: bool) -> list[Command]:
-        """What senders have asked for since the last time; with `wait` there is something."""
+    def _asked(self, wait: float | None) -> list[Command]:
+        """What senders asked for since the last time; if nothing, what comes within `wait` seconds (None: whenever)."""
         asked = []
-        while wait or not self._commands.empty():
-            asked.append(self._commands.get())
-            wait = False
+        with contextlib.suppress(queue.Empty):
+            asked.append(self._commands.get(timeout=wait) if wait is None or wait > 0 else self._commands.get_nowait())
+            while True:
+                asked.append(self._commands.get_nowait())
         return asked
 
     def _obey(self, command: Command) -> None:

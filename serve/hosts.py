@@ -73,7 +73,7 @@ class HostsEngine(Engine):
         try:
             while True:
                 if not self.step():
-                    self._take_commands(wait=True)
+                    self._take_commands(None)
         except _ClosedError:
             self._cancel_all()
         finally:
@@ -92,7 +92,7 @@ class HostsEngine(Engine):
             self.link.close()
             raise
 
-    def _take_commands(self, wait: bool) -> None:
+    def _take_commands(self, wait: float | None) -> None:
         measured = self._shared.measured()
         if self.link.leads:
             self._lead(self._asked(wait), measured)

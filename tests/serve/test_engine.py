@@ -114,6 +114,56 @@ def test_a_dispatch_ends_with_the_first_request_that_does(engine, monkeypatch):
     assert engines.SMALL.rounds in done
 
 
+def test_a_dispatch_made_before_somebody_ended_gives_up_its_place_soon(engine, monkeypatch):
+    """Its first round bridges the time until the host knows; without more it would keep the next request waiting."""
+    done, saw = [], engine.stats.saw_rounds
+    monkeypatch.setattr(engine.stats, "saw_rounds", lambda *a: done.append(a[-1]) or saw(*a))
+    prompts = pairs.prompts([4, 5, 6], seed=7)
+    ids = engines.alone(Request(prompts[0], max_new_tokens=30)).tokens
+    stop = next(id for id in ids if id != ids[0])  # which the host cannot foresee
+    requests = [Request(p, max_new_tokens=60, stop=(stop,) if p is prompts[0] else ()) for p in prompts]
+    engines.run(engine, requests)
+    assert done[0] < engines.SMALL.rounds and done[1:3] == [1, engines.SMALL.rounds], done
+
+
+def test_dispatches_are_short_while_somebody_could_come(engine, monkeypatch):
+    """By what a round costs; but not where all slots are taken."""
+    plans, rounds, cost = [], engine.programs.rounds, engine.controller.cost
+    monkeypatch.setattr(
+        engine.programs,
+        "rounds",
+        lambda rows, new, plan: plans.append((len(rows), plan.rounds)) or rounds(rows, new, plan),
+    )
+    for seconds, expected in ((1e-4, 3), (0.012, 2), (0.5, 1)):
+        monkeypatch.setattr(engine.controller, "cost", lambda *_, seconds=seconds: seconds)
+        plans.clear()
+        engines.run(engine, [Request(p, max_new_tokens=40) for p in pairs.prompts([4, 5], seed=8)])
+        assert {n for _, n in plans} == {expected}
+        plans.clear()
+        engines.run(engine, [Request(p, max_new_tokens=40) for p in pairs.prompts([4, 5, 6], seed=8)])
+        assert {n for rows, n in plans if rows == 3} == {3}
+    assert cost is not None
+
+
+def test_who_asks_again_at_once_is_in_the_next_dispatch(monkeypatch):
+    """The loop waits a little for a newcomer where somebody has just ended, while the device has a round to do."""
+    engine = engines.engine()
+    assert engine.step() is False
+    first = engine.submit(Request([1, 2, 3], max_new_tokens=2))
+    engine.submit(Request([4, 5], max_new_tokens=60))
+    while first.finished is None:
+        engine.step()
+    monkeypatch.setattr(engine.controller, "cost", lambda *_: 60.0)
+    next_one = Request([1, 1, 2], max_new_tokens=2)
+    threading.Timer(0.3, engine.submit, [next_one]).start()
+    start = time.perf_counter()
+    engine.step()
+    assert 0.2 < time.perf_counter() - start < 20
+    assert any(r.prompt == [1, 1, 2] for r in engine.scheduler.running)
+    monkeypatch.undo()
+    engines.drain(engine)
+
+
 def test_page_tables_get_new_pages_only(engine, monkeypatch):
     sent, rounds = [], engine.programs.rounds
     monkeypatch.setattr(engine.programs, "rounds", lambda rows, new, plan: sent.extend(new) or rounds(rows, new, plan))
