@@ -148,6 +148,8 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     for name, value in (counts | {"page_size": page_size}).items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise InputError(f"{name} is {value!r}; give a whole number of at least 1")
+    if not c.dispatch_ms > 0:
+        raise InputError(f"dispatch_ms is {c.dispatch_ms!r}; give milliseconds above 0")
     longest = pair.target.config.max_position or 4096
     length = longest if c.max_length is None else c.max_length
     if not 2 <= length <= longest:

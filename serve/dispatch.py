@@ -158,7 +158,7 @@ class Dispatcher:
         most = c.rounds_while_filling if others else c.sizes.rounds
         if cost is None or not (others or any(r is None or r.least >= r.limit for r in self.scheduler.slots)):
             return most
-        return max(1, min(most, int(c.dispatch_ms / 1e3 / cost)))
+        return max(1, int(min(most, c.dispatch_ms / 1e3 / cost)))
 
     def _can_draft(self, r: Running) -> bool:
         if self.programs.pair.drafter is None or r.cold is not None:

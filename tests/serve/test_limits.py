@@ -99,6 +99,7 @@ def test_an_accelerator_s_memory_is_a_budget(monkeypatch):
         ({"prefill": ((1, 12),)}, "multiples"),
         ({"plans": (GREEDY,)}, "temperature"),
         ({"pages": 12}, "at least 13"),
+        ({"dispatch_ms": 0}, "dispatch_ms is 0"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused(change, message):
