@@ -143,7 +143,7 @@ class Programs:
         """Compile what `rounds` runs for a plan, which then is there at once. From any thread, while nothing runs."""
         call = self._rounds(self._placed((), plan)[1], plan, ())
         with self.pair.on_mesh():
-            call.func.lower(*call.args, **call.keywords).compile()
+            steps.run_rounds(plan.bucket).lower(*call.args, **call.keywords).compile()
 
     def _rounds(self, slots: np.ndarray, plan: Plan, deltas: Sequence[tuple[int, int, int]]) -> partial[Any]:
         order = np.concatenate([slots, [plan.rounds], self._changes(deltas)]).astype(np.int32)

@@ -89,7 +89,7 @@ def attend(
         return summed(queries, keys, values, seen, scale, soft_cap)
 
     def read_pages(table: Array, lengths: Array) -> Sums:
-        return read(*(gather_pages(c, table, lengths) for c in (keys, values)), lengths)
+        return read(gather_pages(keys, table, lengths), gather_pages(values, table, lengths), lengths)
 
     if page_table is None and taken:
         keys, values = (write_rows(c, rows, lengths) for c, rows in zip((keys, values), own, strict=True))
