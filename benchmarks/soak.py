@@ -99,7 +99,7 @@ class Soak:
         self.engine, self.cases, self.report = engine, cases, Report()
         self._rng = np.random.default_rng(seed)
         self._ended: queue.SimpleQueue[tuple[int, Generation | Exception]] = queue.SimpleQueue()
-        self._live: dict[int, tuple[Handle, Case, int]] = {}
+        self._live: dict[int, tuple[Handle, Case]] = {}
         self._sent = 0
 
     def run(self, more: Callable[[int], bool], *, ahead: int, longest: int, cancels: float = 0.0) -> None:
@@ -111,7 +111,7 @@ class Soak:
             else:
                 self._check(*self._ended.get())
             if self._live and self._rng.random() < cancels:
-                handle, *_ = self._live[int(self._rng.choice(list(self._live)))]
+                handle, _ = self._live[int(self._rng.choice(list(self._live)))]
                 handle.cancel()
         self.report.seconds += time.perf_counter() - start
 
@@ -125,11 +125,12 @@ class Soak:
                 self._ended.put((key, event))
 
         handle = self.engine.submit(dataclasses.replace(case.request, max_new_tokens=new), deliver)
-        self._live[key] = handle, case, new
+        self._live[key] = handle, case
 
     def _check(self, key: int, end: Generation | Exception) -> None:
-        _, case, new = self._live.pop(key)
-        report, expected = self.report, case.tokens[:new]
+        handle, case = self._live.pop(key)
+        new, report = handle.request.max_new_tokens, self.report
+        expected = case.tokens[:new]
         if isinstance(end, Exception):
             raise end
         report.tokens += len(end.tokens)

@@ -194,7 +194,7 @@ class Engine:
         """What senders asked for since the last time; if nothing, what comes within `wait` seconds (None: whenever)."""
         asked = []
         with contextlib.suppress(queue.Empty):
-            asked.append(self._commands.get(timeout=wait) if wait is None or wait > 0 else self._commands.get_nowait())
+            asked.append(self._commands.get(wait != 0, wait))
             while True:
                 asked.append(self._commands.get_nowait())
         return asked

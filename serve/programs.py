@@ -143,13 +143,13 @@ class Programs:
         """Compile what `rounds` runs for a plan, which then is there at once. From any thread, while nothing runs."""
         call = self._rounds(self._placed((), plan)[1], plan, ())
         with self.pair.on_mesh():
-            steps.run_rounds(plan.bucket).lower(*call.args, **call.keywords).compile()
+            steps.rounds_for(plan.bucket).lower(*call.args, **call.keywords).compile()
 
     def _rounds(self, slots: np.ndarray, plan: Plan, deltas: Sequence[tuple[int, int, int]]) -> partial[Any]:
         order = np.concatenate([slots, [plan.rounds], self._changes(deltas)]).astype(np.int32)
         split = self.pair.split if plan.draft else self.pair.split_target
         return partial(
-            steps.run_rounds(plan.bucket), *split, self.state, order, bucket=plan.bucket,
+            steps.rounds_for(plan.bucket), *split, self.state, order, bucket=plan.bucket,
             sizes=self.sizes, width=plan.width, plan=plan.settings, draft=plan.draft,
         )  # fmt: skip
 

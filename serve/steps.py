@@ -36,12 +36,12 @@ def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
     return replace(state, decode=replace(state.decode, cache=replace(cache, page_table=table)))
 
 
-def run_rounds(bucket: int) -> Any:
-    """The compiled function `_rounds` for so many slots."""
+def rounds_for(bucket: int) -> Any:
+    """The compiled `run_rounds` for so many slots."""
     return _of_few if bucket < MANY else _of_many
 
 
-def _rounds(
+def run_rounds(
     graph: nnx.GraphDef,
     weights: nnx.State,
     state: Slots,
@@ -78,7 +78,10 @@ def _rounds(
 
 
 _jitted: Any = partial(
-    jax.jit, _rounds, static_argnames=("graph", "bucket", "sizes", "width", "plan", "draft"), donate_argnames=("state",)
+    jax.jit,
+    run_rounds,
+    static_argnames=("graph", "bucket", "sizes", "width", "plan", "draft"),
+    donate_argnames=("state",),
 )
 _of_few, _of_many = _jitted(compiler_options=PRODUCTS), _jitted(compiler_options=MANY_PRODUCTS)
 
