@@ -49,6 +49,29 @@ def test_a_wrong_output_is_a_problem(engine, pool):
     assert all(re.fullmatch(r"request \d gave \[.+\], not \[.+\]", problem) for problem in problems)
 
 
+def test_only_drawn_answers_of_a_selector_may_differ(monkeypatch, pool):
+    assert all(case.exact for case in pool)
+    monkeypatch.setattr(
+        "benchmarks.soak.generate", lambda pair, prompts, **_: [SimpleNamespace(tokens=[0])] * len(prompts)
+    )
+    config = SimpleNamespace(vocab_size=9)
+    for selector, expected in ((None, 5), (object(), 2)):
+        drafts = SimpleNamespace(drafter=SimpleNamespace(selector=selector), target=SimpleNamespace(config=config))
+        assert sum(case.exact for case in cases(drafts, 5, new_tokens=4, longest=4)) == expected
+
+
+@pytest.mark.parametrize(
+    "count, reason, wrong",
+    [(3, "length", 0), (2, "length", 1), (4, "length", 1), (2, "stop", 0), (1, "cancelled", 0), (4, "cancelled", 1)],
+)
+def test_those_have_the_right_length(engine, pool, count, reason, wrong):
+    soak = Soak(engine, pool)
+    request = replace(pool[0].request, max_new_tokens=3)
+    soak._live[0] = SimpleNamespace(request=request), replace(pool[0], exact=False)
+    soak._check(0, SimpleNamespace(tokens=[9] * count, finish_reason=reason))
+    assert len(soak.report.problems) == wrong
+
+
 def test_what_is_left_behind_is_a_problem(engine, pool, tmp_path):
     """A page, a slot, a request, a file."""
     soak = short(engine, pool)
