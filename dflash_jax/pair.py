@@ -54,13 +54,13 @@ class Pair:
     def split(self) -> tuple[Graph, nnx.State]:
         """Both models as a static graph and a pytree of weights, for `jax.jit`."""
         graph, weights = nnx.split((self.target, self.drafter))
-        return Graph(graph), weights
+        return Graph(graph), nnx.as_pure(weights)  # plain arrays: jit takes them apart at every call
 
     @cached_property
     def split_target(self) -> tuple[Graph, nnx.State]:
         """The target without the drafter, for plain decoding."""
         graph, weights = nnx.split((self.target, None))
-        return Graph(graph), weights
+        return Graph(graph), nnx.as_pure(weights)
 
     @cached_property
     def pace(self) -> Pace:

