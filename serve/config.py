@@ -42,7 +42,7 @@ class EngineConfig:
     memory_bytes: int | None = None  # for weights, caches and state, of each device; None: see `device_memory`
     checkpoints: int = 64  # recurrent states that the prefix cache may keep
     prefix_cache: bool = True
-    buckets: tuple[int, ...] | None = None  # batch sizes; None: 1, 4, 16, ... up to the slots
+    buckets: tuple[int, ...] | None = None  # batch sizes; None: 1, 4, 16, ... up to the slots, on the CPU also half of them
     draft: bool = True
     widths: tuple[int, ...] | None = None  # rows of a round; None: 1, half a block, a block
     adaptive: bool = True  # False: always the widest
@@ -204,8 +204,9 @@ def _widths(pair: Pair, c: EngineConfig) -> tuple[int, ...]:
 
 def _buckets(c: EngineConfig) -> tuple[int, ...]:
     if c.buckets is None:
-        sizes = [4**i for i in range(16) if 4**i < c.slots]
-        return (*sizes, c.slots)
+        # On a CPU empty rows cost as much as others do.
+        half = [max(1, c.slots // 2)] if jax.default_backend() == "cpu" else []
+        return tuple(sorted({*(4**i for i in range(16) if 4**i < c.slots), *half, c.slots}))
     if not all(1 <= b <= c.slots for b in c.buckets) or c.slots not in c.buckets:
         raise InputError(f"buckets are {c.buckets}; give sizes up to the slots, {c.slots}, which has to be one of them")
     return tuple(sorted(set(c.buckets)))

@@ -24,7 +24,7 @@ from serve.batch import put_back, taken
 from serve.device import LAST, RESUMED, Sizes, Slots
 from serve.news import news_row
 
-MANY = 16  # slots in a round, from which on `MANY_PRODUCTS` are quicker
+MANY = 8  # slots in a round, from which on `MANY_PRODUCTS` are quicker
 
 
 def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
