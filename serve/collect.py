@@ -86,7 +86,7 @@ class Collector:
     def _learn(self, batch: Batch, counts: list[list[int]], seconds: float | None) -> None:
         """Acceptance and cost of the rounds, for the controller and for whoever watches."""
         plan = batch.plan
-        drafting = [count for r, row in zip(batch.rows, counts, strict=True) if r.cold is None for count in row]
+        drafting = [row for r, row in zip(batch.rows, counts, strict=True) if r.cold is None]
         done = max(map(len, counts), default=0)
         self.stats.saw_rounds(plan.width, [count for row in counts for count in row], done)
         if plan.grammar:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 PROBE_FIRST, PROBE_LAST = 4, 512  # dispatches between two trials of another width
-ACCEPTANCE_RATE, COST_RATE = 0.1, 0.3  # weight of a new observation in the running averages
+ACCEPTANCE_RATE, COST_RATE = 0.1, 0.3  # weight of a round, and of a timed dispatch, in the running averages
 HOPE = 0.7  # acceptance at each place before anything was seen
 MARGIN = 1.03  # a change has to promise this much more
 ROUNDS, TRIAL = 16, 4  # of a dispatch whose width was chosen
@@ -51,13 +51,14 @@ class WidthController:
             tokens += alive
         return tokens
 
-    def observe_counts(self, width: int, counts: Sequence[int]) -> None:
-        """Rounds of sequences that drafted, and how many of the `width` rows were accepted in each."""
+    def observe_counts(self, width: int, counts: Sequence[Sequence[int]]) -> None:
+        """Rounds of each sequence that drafted, and how many of the `width` rows were accepted in each."""
+        rounds = max(map(len, counts), default=0)
         for place in range(1, width) if self.fixed is None else ():
-            reached = [count > place for count in counts if count >= place]
+            reached = [count > place for row in counts for count in row if count >= place]
             if reached:
-                # As many steps of the running average at once.
-                kept = (1 - ACCEPTANCE_RATE) ** len(reached)
+                # As many steps of the running average at once: sequences side by side are seen in one.
+                kept = (1 - ACCEPTANCE_RATE) ** rounds
                 mean = sum(reached) / len(reached)
                 self.acceptance[place - 1] += (1 - kept) * (mean - self.acceptance[place - 1])
 
@@ -94,7 +95,8 @@ class WidthController:
             return self.fixed, False
         rates = {width: self.rate(load, width, share) for width in self.widths}
         best = max(rates, key=lambda width: rates[width])
-        if state.width and rates[best] < MARGIN * rates[state.width]:
+        promise = MARGIN if best > 1 else 1.0  # plain decoding is certain
+        if state.width and rates[best] < promise * rates[state.width]:
             best = state.width
         if state.width and best != state.width:
             state.interval = PROBE_FIRST
@@ -144,7 +146,7 @@ class Pace:
         """A dispatch took so long; `counts` are the rows accepted in each round of each sequence."""
         rounds = max(map(len, counts), default=0)
         if width > 1:
-            self._controller.observe_counts(width, [count for row in counts for count in row])
+            self._controller.observe_counts(width, counts)
         if rounds and (load, width) in self._ran:
             self._controller.observe_cost(load, width, seconds / rounds)
         self._ran.add((load, width))

@@ -19,7 +19,7 @@ def simulate(costs, acceptance, dispatches=400, rows=4, seed=0):
         rounds = 2 if trial else 8
         right = rng.random((rows * rounds, width - 1)) < acceptance
         counts = 1 + np.cumprod(right, axis=1).sum(1)
-        controller.observe_counts(width, counts.tolist())
+        controller.observe_counts(width, counts.reshape(rows, rounds).tolist())
         controller.observe_cost("load", width, costs[width])
         tokens, seconds = tokens + counts.sum() / rows, seconds + rounds * costs[width]
         widths.append(width)
@@ -46,11 +46,23 @@ def test_it_comes_back_when_drafts_get_better():
     controller, taken = WidthController(FLAT), []
     for step in range(1200):
         width, _ = controller.choose("load")
-        controller.observe_counts(width, [width if step > 200 else 1] * 8)
+        controller.observe_counts(width, [[width if step > 200 else 1] * 8])
         controller.observe_cost("load", width, FLAT[width])
         taken.append(width)
     assert set(taken[100:200:1]) >= {1} and np.mean(np.array(taken[100:200]) == 1) > 0.8
     assert np.mean(np.array(taken[-100:]) == 8) > 0.9
+
+
+def test_sequences_side_by_side_make_what_is_known_steadier():
+    def known(sequences):
+        rng, controller, seen = np.random.default_rng(0), WidthController([1, 8]), []
+        for _ in range(300):
+            right = rng.random((sequences, 1, 7)) < 0.7
+            controller.observe_counts(8, (1 + np.cumprod(right, 2).sum(2)).tolist())
+            seen.append(controller.expected(8))
+        return np.std(seen[50:])
+
+    assert known(16) < 0.4 * known(1)
 
 
 def test_expected_tokens():

@@ -289,7 +289,7 @@ def test_the_drafters_cache_is_given_up_where_plain_decoding_is_best(engine, mon
     rows = [SimpleNamespace(cold=None, most=0, sampling=SimpleNamespace(plan=SamplingPlan()))]
     for _ in range(300):
         plan, _ = engine._dispatcher._plans(rows)
-        controller.observe_counts(plan.width, [plan.width if good else 1] * 8)
+        controller.observe_counts(plan.width, [[plan.width if good else 1]] * 8)
         controller.observe_cost(plan.load, plan.width, 1.0 if good else float(plan.width))
         plans.append(plan)
     tried = [plan for plan in plans[100:] if plan.width == (1 if good else 4)]
