@@ -70,6 +70,7 @@ class Output:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.counts: list[int] = []
+        self._flags = [False]  # of the tokens that the counts say were emitted, the prompt's first one before them
         self.text = ""
         self._shown_tokens = self._shown_text = 0
 
@@ -89,18 +90,17 @@ class Output:
             self.logprobs += _named(found, kept, self.top)
         self.text += text
         self.counts += counts
+        for count in counts:
+            self._flags += [True] * (count - 1) + [False]
 
     def drafted(self) -> list[bool]:
         """For each token, whether the drafter had it: all of a round but the bonus."""
-        flags = [False]
-        for count in self.counts:
-            flags += [True] * (count - 1) + [False]
-        return flags[: len(self.tokens)]
+        return self._flags[: len(self.tokens)]
 
     def piece(self) -> Piece | None:
         """What is new since the last piece."""
         tokens, text = self.tokens[self._shown_tokens :], self.text[self._shown_text :]
-        flags = self.drafted()[self._shown_tokens :]
+        flags = self._flags[self._shown_tokens : len(self.tokens)]
         logprobs = None if self.top is None else tuple(self.logprobs[self._shown_tokens :])
         self._shown_tokens, self._shown_text = len(self.tokens), len(self.text)
         return Piece(text, tokens, flags, logprobs) if tokens or text else None
