@@ -200,6 +200,7 @@ class StackedKeyValues(nnx.Module):
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)[:, None, None]
 
     def of_layer(self, i: int, x: Float[Array, "... D"]) -> Float[Array, "... 2 KH"]:
+        # With the barrier XLA takes the layer's kernel out once a dispatch; without, it is copied in every round.
         kernel = jax.lax.optimization_barrier(self.kernel[i])
         out = jnp.einsum("...d,dcw->...cw", x, kernel.astype(x.dtype))
         return out if self.bias is None else out + self.bias[i].astype(x.dtype)

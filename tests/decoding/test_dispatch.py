@@ -79,6 +79,21 @@ def test_nothing_is_compiled_again(settings, caplog):
         assert not compilations([4, 4], NEW, temperature=[0.0, 2.0], top_k=3, seed=[7, 8])
 
 
+def test_positions_are_turned_into_angles_once_for_all_layers():
+    """On the CPU: a cosine of every head's every element in every layer took a tenth of a round."""
+    run = Run(pairs.pair("qwen3"), pairs.prompts([3, 9]), NEW, {}, (), True, None)
+    state = run_module.prefill(run.graph, run.weights, *run.inputs, run.sampling, run.width, run.chunk)
+    text = run_rounds.lower(run.graph, run.weights, state, run.sampling, np.int32(6), run.width).compile().as_text()
+    layers = run.pair.target.config.num_layers + run.pair.drafter.config.num_layers
+    assert 0 < text.count(" cosine(") <= 3 < layers  # of the block's rows twice, and of the rows to be committed
+
+
+def test_weights_are_plain_arrays():
+    """What jax has to take apart at every call."""
+    leaves = jax.tree.leaves(pairs.pair("qwen3_5_moe").split[1], is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert {type(leaf) for leaf in leaves} == {type(jax.numpy.ones(1))}
+
+
 def test_the_models_description_is_hashed_once(monkeypatch):
     """It is an argument of every call; equal pairs still share their programs."""
     pair, again = (replace(pairs.pair("qwen3_5_moe")) for _ in range(2))
