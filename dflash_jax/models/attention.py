@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dflash_jax.cache import KeyValues
 from dflash_jax.config import TargetConfig
-from dflash_jax.models.layers import RMSNorm, Rotation, linear, rotate
+from dflash_jax.models.layers import RMSNorm, Rotation, linear, rotate, side_by_side
 from dflash_jax.sharding import per_shard, shards, with_copies
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.document_attention import document_attention
@@ -119,4 +119,4 @@ class Attention(nnx.Module):
             out = packed_attention(q, k, v, place.segments, **options)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o_proj(out.reshape(B, W, -1)), cache
+        return self.o_proj(side_by_side(out)), cache

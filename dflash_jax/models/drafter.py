@@ -16,7 +16,7 @@ from dflash_jax.cache import DrafterCache, KeyValues
 from dflash_jax.config import DrafterConfig
 from dflash_jax.models.attention import sharded_attention
 from dflash_jax.models.head import Head
-from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation
+from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation, side_by_side
 from dflash_jax.sharding import constrain, shards
 from pallas_kernels.head_sampling import Projection
 
@@ -155,7 +155,7 @@ class Drafter(nnx.Module):
             rotate(q, turn), cache, rotate(k, turn), v, lengths, page_table,
             causal=c.causal[i], scale=c.head_dim**-0.5, window=self.window(i), write=False,
         )  # fmt: skip
-        return out.reshape(B, W, -1)
+        return side_by_side(out)
 
     def window(self, i: int) -> int | None:
         return self.config.sliding_window if self.config.layer_types[i] == "sliding_attention" else None

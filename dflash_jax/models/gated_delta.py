@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from dflash_jax.cache import DeferredRows, Recurrence
 from dflash_jax.config import GatedDeltaConfig, TargetConfig
 from dflash_jax.models.attention import Place
-from dflash_jax.models.layers import RMSNorm, linear
+from dflash_jax.models.layers import RMSNorm, linear, side_by_side
 from dflash_jax.sharding import per_shard
 from pallas_kernels.gated_delta import gated_delta_block, gated_delta_prefill
 
@@ -55,4 +55,4 @@ class GatedDelta(nnx.Module):
             out, state = run(*given, place.count, place.segments)
             rows = cache.after(state, mix, place.count)
         gated = self.norm(out).astype(jnp.float32) * jax.nn.silu(z.reshape(out.shape).astype(jnp.float32))
-        return self.out_proj(gated.astype(x.dtype).reshape(B, W, -1)), rows
+        return self.out_proj(side_by_side(gated.astype(x.dtype))), rows

@@ -68,6 +68,24 @@ def _product(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Array:
     return jax.lax.platform_dependent(x, kernel, cuda=beside_zeros, default=whole)
 
 
+def side_by_side(x: Float[Array, "... N H"]) -> Float[Array, "... NH"]:
+    """Heads (or experts) in one row.
+
+    The CPU puts them there one after the other: of a reshape XLA makes one loop with all that is computed before it, in
+    which no two numbers are neighbours (0.27 ms and not 0.07 for the gated norm of 128 rows and 4 heads of 64).
+    """
+
+    def joined(x: Array) -> Array:
+        return jnp.concatenate([x[..., i, :] for i in range(x.shape[-2])], -1)
+
+    def reshaped(x: Array) -> Array:
+        return x.reshape(*x.shape[:-2], -1)
+
+    if shards("heads") > 1:  # they lie on several devices
+        return reshaped(x)
+    return jax.lax.platform_dependent(x, cpu=joined, default=reshaped)
+
+
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "B W"]) -> Float[Array, "B W D"]:
     """Rows of an embedding whose vocabulary may be spread over devices: each adds those that it has."""
 
