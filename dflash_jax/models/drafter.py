@@ -149,7 +149,7 @@ class Drafter(nnx.Module):
     def _attend(
         self, i: int, h: Array, cache: KeyValues, lengths: Array, page_table: Array | None, turn: Rotation
     ) -> Array:
-        c, (B, W, _) = self.config, h.shape
+        c = self.config
         q, k, v = self.heads(i, h)
         out, *_ = sharded_attention(
             rotate(q, turn), cache, rotate(k, turn), v, lengths, page_table,
