@@ -24,7 +24,8 @@ from dflash_jax.text import Prompt
 
 # Vectors of 512 bits, where the CPU has them, and maxima that do not look for NaN save 5% each. XLA's newer library of
 # products for the CPU (YNNPACK) is slower for few sequences: 2.7 against 2.1 ms for 8 rows of the embedded pair, 0.81
-# against 0.68 for one; of 16 sequences 27.6 against 29.9 ms, and 7.6 against 7.9. Other platforms ignore these options.
+# against 0.68 for one; of 8 sequences 13.4 against 14.7 ms and 3.8 against 3.7, of 16 20.7 against 23.2 and 5.2 against
+# 5.1. Other platforms ignore these options.
 MANY_PRODUCTS = {"xla_cpu_prefer_vector_width": "512", "xla_cpu_enable_fast_min_max": True}
 PRODUCTS = MANY_PRODUCTS | {"xla_cpu_experimental_ynn_fusion_type": ""}
 
