@@ -42,9 +42,7 @@ class EngineConfig:
     memory_bytes: int | None = None  # for weights, caches and state, of each device; None: see `device_memory`
     checkpoints: int = 64  # recurrent states that the prefix cache may keep
     prefix_cache: bool = True
-    buckets: tuple[int, ...] | None = (
-        None  # batch sizes; None: 1, 4, 16, ... up to the slots, on the CPU also half of them
-    )
+    buckets: tuple[int, ...] | None = None  # batch sizes; None: 1, 4, 16, ..., the slots, and on a CPU half of them
     draft: bool = True
     widths: tuple[int, ...] | None = None  # rows of a round; None: 1, half a block, a block
     adaptive: bool = True  # False: always the widest

@@ -70,7 +70,7 @@ class Output:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.counts: list[int] = []
-        self._flags = [False]  # of the tokens that the counts say were emitted, the prompt's first one before them
+        self._drafted = [False]  # for each token, whether the drafter had it: all of a round but the bonus
         self.text = ""
         self._shown_tokens = self._shown_text = 0
 
@@ -91,16 +91,12 @@ class Output:
         self.text += text
         self.counts += counts
         for count in counts:
-            self._flags += [True] * (count - 1) + [False]
-
-    def drafted(self) -> list[bool]:
-        """For each token, whether the drafter had it: all of a round but the bonus."""
-        return self._flags[: len(self.tokens)]
+            self._drafted += [True] * (count - 1) + [False]
 
     def piece(self) -> Piece | None:
         """What is new since the last piece."""
         tokens, text = self.tokens[self._shown_tokens :], self.text[self._shown_text :]
-        flags = self._flags[self._shown_tokens : len(self.tokens)]
+        flags = self._drafted[self._shown_tokens : len(self.tokens)]
         logprobs = None if self.top is None else tuple(self.logprobs[self._shown_tokens :])
         self._shown_tokens, self._shown_text = len(self.tokens), len(self.text)
         return Piece(text, tokens, flags, logprobs) if tokens or text else None

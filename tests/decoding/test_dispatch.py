@@ -80,7 +80,7 @@ def test_nothing_is_compiled_again(settings, caplog):
 
 
 def test_positions_are_turned_into_angles_once_for_all_layers():
-    """On the CPU: a cosine of every head's every element in every layer took a tenth of a round."""
+    """XLA for the CPU would make a cosine for every element of every head in every layer."""
     run = Run(pairs.pair("qwen3"), pairs.prompts([3, 9]), NEW, {}, (), True, None)
     state = run_module.prefill(run.graph, run.weights, *run.inputs, run.sampling, run.width, run.chunk)
     text = run_rounds.lower(run.graph, run.weights, state, run.sampling, np.int32(6), run.width).compile().as_text()
