@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.config import MoeConfig
-from dflash_jax.models.layers import MLP, linear, side_by_side, swiglu
+from dflash_jax.models.layers import MLP, linear, product, side_by_side, swiglu
 from dflash_jax.sharding import per_shard, position, total
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul, grouped_pair
@@ -91,10 +91,10 @@ class DenseExperts(Experts):
         bias, after = (None if p is None else p.astype(x.dtype) for p in params[2:])
         one_hot = jax.nn.one_hot(chosen, len(down), dtype=x.dtype)  # all 0 for an expert that is not here
         share = jnp.sum(one_hot * weights[..., None], 1)  # [R E]
-        h = (x @ gate_up.reshape(x.shape[1], -1)).reshape(len(x), *gate_up.shape[1:])
+        h = product(x, gate_up.reshape(x.shape[1], -1)).reshape(len(x), *gate_up.shape[1:])
         h = h if bias is None else h + bias
         h = side_by_side(activate(self.moe, h) * share[..., None])
-        y = h @ down.reshape(h.shape[1], -1)
+        y = product(h, down.reshape(h.shape[1], -1))
         return y if after is None else y + share @ after
 
 

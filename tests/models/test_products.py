@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 import dflash_jax
-from dflash_jax.models.layers import linear
+from dflash_jax.hlo import Program
+from dflash_jax.models.layers import linear, product
 
 
 def lowered(x: jax.Array, platform: str) -> str:
@@ -42,3 +43,35 @@ def test_fp32_weights_are_multiplied_in_fp32_on_accelerators(
     with pair.on_mesh():
         text = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).as_text()
     assert ("HIGHEST" in text) == exact
+
+
+@pytest.mark.parametrize("columns", [(5,), (2, 3)])
+def test_gradients_of_a_product_are_those_of_its_definition(columns: tuple[int, ...]):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 3, 4), (4, *columns)))
+    weights = jnp.asarray(rng.normal(size=(2, 3, *columns)), jnp.float32)
+    found, wanted = (
+        jax.grad(lambda x, kernel, of=of: jnp.sum(jnp.sin(of(x, kernel)) * weights), (0, 1))(x, kernel)
+        for of in (product, lambda x, kernel: jnp.tensordot(x, kernel, 1))
+    )
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_not_turned_round_for_a_gradient():
+    """On the CPU: neither they nor their gradients are written column by column."""
+    rows, dim, hidden = (4, 8, 16), 32, 64
+    kernels = jnp.ones((dim, 2, hidden)), jnp.ones((hidden, dim))
+
+    def loss(kernels: tuple, x: jax.Array, of=product) -> jax.Array:
+        h = of(jnp.tanh(x), kernels[0])
+        return jnp.sum(jnp.sin(of(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], kernels[1])))
+
+    def turned(of) -> list:
+        gradients = jax.jit(jax.grad(lambda *given: loss(*given, of=of)))
+        compiled, count = gradients.lower(kernels, jnp.ones((*rows, dim))).compile(), int(np.prod(rows))
+        wide = [(columns, count) for columns in (dim, hidden, 2 * hidden)]
+        return [x for x in Program(compiled.as_text()).temporaries() if x.shape.dims in wide]
+
+    assert turned(lambda x, kernel: jnp.tensordot(x, kernel, 1))
+    assert not turned(product)
