@@ -15,8 +15,9 @@ class DrafterArchitecture:
         block_size: rows of a block, the anchor included
         taps: how many of the target's layers are tapped, evenly spread
         tap_ids: which ones, instead
-        sliding_window: of sliding layers, which are also causal inside the block; default: full attention everywhere
+        sliding_window: positions that rows of sliding layers see; default: full attention everywhere
         sliding_layers: how many layers slide, the first ones; default: all, where there is a window
+        causal: whether a block's rows see only those before them; default: in sliding layers
         attention_bias: biases of the attention's projections
         rms_norm_eps: default: the target's
         convolution: DFlash 2's grouped convolutions along the block
@@ -34,6 +35,7 @@ class DrafterArchitecture:
     tap_ids: tuple[int, ...] | None = None
     sliding_window: int | None = None
     sliding_layers: int | None = None
+    causal: bool | None = None
     attention_bias: bool = False
     rms_norm_eps: float | None = None
     convolution: bool = False
@@ -51,7 +53,7 @@ class DrafterArchitecture:
             head_dim=self.head_dim,
             intermediate_size=self.intermediate_size,
             layer_types=kinds,
-            causal=tuple(kind == "sliding_attention" for kind in kinds),
+            causal=tuple(kind == "sliding_attention" if self.causal is None else self.causal for kind in kinds),
             sliding_window=self.sliding_window if "sliding_attention" in kinds else None,
             rope=dataclasses.replace(target.rope, dim=self.head_dim),
             rms_norm_eps=self.rms_norm_eps or target.rms_norm_eps,

@@ -48,8 +48,10 @@ def default_target() -> TargetTraining:
 def default_drafter() -> DrafterTraining:
     """The embedded drafter, as it is shipped."""
     return DrafterTraining(
-        architecture=DrafterArchitecture(head_dim=64, intermediate_size=384, convolution=True, selector_rank=64),
-        loop=LoopConfig(steps=6000),
+        architecture=DrafterArchitecture(
+            head_dim=64, intermediate_size=384, sliding_window=96, causal=False, convolution=True, selector_rank=64
+        ),
+        loop=LoopConfig(steps=8000),
         optimizer=OptimizerConfig("muon", learning_rate=5e-3, adam_learning_rate=2e-3),
         loss="dpace",
         anchors=48,
@@ -73,7 +75,7 @@ class EmbeddedPair:
     """
 
     target: TargetTraining = dataclasses.field(default_factory=default_target)
-    cuts: corpus.PromptConfig = dataclasses.field(default_factory=lambda: corpus.PromptConfig(count=4096))
+    cuts: corpus.PromptConfig = dataclasses.field(default_factory=lambda: corpus.PromptConfig(count=10240))
     responses: RegenerateConfig = dataclasses.field(default_factory=lambda: RegenerateConfig(response=192, sampled=0.3))
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(length=288, threads=1, taps="cache"))
     drafter: DrafterTraining = dataclasses.field(default_factory=default_drafter)
