@@ -98,9 +98,10 @@ def attend(
         block = jnp.broadcast_to(own_mask(W, causal, window, mask, depths), (B, W, W))
         sums = summed(queries, *own, block, scale, soft_cap)
         if page_table is not None:
-            sums = _over_pages(sums, page_table, keys.shape[2], lengths, read_pages)
-        elif keys.shape[2]:
-            sums = merged(sums, read(keys, values, lengths))
+            table, before = _in_window(page_table, keys.shape[2], lengths, window)
+            sums = _over_pages(sums, table, keys.shape[2], lengths - before, read_pages)
+        elif keys.shape[2] and window != 1:
+            sums = merged(sums, read(*_rows_in_window(keys, values, lengths, window)))
     out = one_head(averaged(sums, sinks).astype(q.dtype), keys.shape[1], packed)
     if page_table is not None and taken:
         # Their place depends on what was read, by 0: a write that need not wait for the reading has XLA copy all pages.
@@ -111,6 +112,30 @@ def attend(
     return out, keys, values
 
 
+def _in_window(
+    page_table: Int[Array, "B n"], page: int, lengths: Int[Array, "B"], window: int | None
+) -> tuple[Int[Array, "B m"], Int[Array, "B"]]:
+    """The columns of the table that the rows see any of, and how many committed rows lie before each one's first."""
+    columns = page_table.shape[1] if window is None else 1 - (-max(0, window - 2) // page)
+    if window is None or columns >= page_table.shape[1]:
+        return page_table, jnp.zeros_like(lengths)
+    first = jnp.maximum(lengths - window + 1, 0) // page
+    at = first[:, None] + jnp.arange(columns)
+    return jnp.take_along_axis(page_table, at, axis=1, mode="fill", fill_value=-1), first * page
+
+
+def _rows_in_window(
+    keys: Float[Array, "B K S H"], values: Float[Array, "B K S H"], lengths: Int[Array, "B"], window: int | None
+) -> tuple[Array, Array, Array]:
+    """The committed rows that the rows see any of, and how many these are."""
+    room = keys.shape[2] if window is None else window - 1
+    if room >= keys.shape[2]:
+        return keys, values, lengths
+    first = jnp.maximum(lengths - room, 0)
+    cut = jax.vmap(lambda cache, at: jax.lax.dynamic_slice_in_dim(cache, at, room, axis=1))
+    return cut(keys, first), cut(values, first), jnp.minimum(lengths, room)
+
+
 def _over_pages(
     sums: Sums, page_table: Int[Array, "B n"], page: int, lengths: Int[Array, "B"], read: Callable[[Array, Array], Sums]
 ) -> Sums:
@@ -118,7 +143,7 @@ def _over_pages(
 
     `read` is given the columns, and how many committed rows there are from their first one on.
     """
-    columns = max(1, GATHERED // page)
+    columns = min(max(1, GATHERED // page), page_table.shape[1])
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % columns)), constant_values=-1)
     longest = jnp.max(jnp.where(page_table[:, 0] >= 0, lengths, 0))
 

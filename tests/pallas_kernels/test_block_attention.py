@@ -57,6 +57,11 @@ def test_equals_attention_row_by_row(causal, window, sink):
         {"lengths": (5, 23, 0), "width": 37, "window": 20},
         {"lengths": (300, 129, 0), "pages": 20, "window": 150, "sinks": True, "tree": True},
         {"lengths": (128, 256), "pages": 17, "soft_cap": 3.0},
+        {"lengths": (95, 96, 97, 111, 300), "pages": 20, "window": 96, "causal": False, "write": False},
+        {"lengths": (300, 129, 0, 16), "pages": 20, "window": 18, "tree": True, "sinks": True},
+        {"lengths": (32, 33), "window": 2},
+        {"lengths": (0, 7, 8, 9, 44), "width": 12, "window": 9, "write": False},
+        {"lengths": (3, 41), "window": 1, "write": False},
     ],
 )
 def test_equals_a_float64_truth_and_touches_only_its_own_rows(paged: bool, change: dict):
@@ -75,6 +80,16 @@ def test_it_does_not_matter_where_pages_lie():
     there = jnp.where(table < 0, -1, jnp.argsort(jnp.asarray(moved))[table])
     assert not np.array_equal(there, table)
     np.testing.assert_array_equal(block_attention(*arrays, **options | {"page_table": there})[0], out)
+
+
+def test_pages_before_the_window_are_not_read():
+    block = Block((300, 129, 5), 8, head_dim=8, window=20, pages=20, write=False)
+    arrays, options = block.arguments()
+    wanted = block_attention(*arrays, **options)[0]
+    for b, length in enumerate(block.lengths):
+        old = options["page_table"][b, : max(0, length - 19) // block.page]
+        arrays[1:3] = (pool.at[old].set(jnp.nan) for pool in arrays[1:3])
+    np.testing.assert_array_equal(block_attention(*arrays, **options)[0], wanted)
 
 
 def test_rows_without_a_page_are_dropped():
