@@ -52,6 +52,8 @@ def test_sliding_layers_come_first_and_are_causal(target):
     assert config.causal == (True, True, False) and config.sliding_window == 6
     every = dataclasses.replace(SMALL, sliding_window=6).drafter_config(target.config, MASK)
     assert set(every.layer_types) == {"sliding_attention"}
+    forced = dataclasses.replace(made, causal=False).drafter_config(target.config, MASK)
+    assert forced.causal == (False, False, False) and forced.layer_types == config.layer_types
     for wrong, message in ((dataclasses.replace(made, sliding_layers=4), "give 0 to 3"),
                            (dataclasses.replace(made, sliding_window=None), "give sliding_window too")):  # fmt: skip
         with pytest.raises(InputError, match=message):

@@ -32,7 +32,15 @@ from train.step import gradients_of
 DFLASH2 = {"convolution": True, "selector_rank": 4}
 
 
-@pytest.mark.parametrize("extra", [{}, {"convolution": True, "selector_rank": 4}, {"sliding_window": 6}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"convolution": True, "selector_rank": 4},
+        {"sliding_window": 6},
+        {"sliding_window": 6, "causal": False},
+    ],
+)
 def test_acceptance_in_training_is_the_acceptance_of_generate(target, extra):
     """Blocks cut at the places where `generate` drafted accept as many tokens as it did there."""
     model, prompt = drafter(target, **extra), [0, 1, 2, 1, 0]
