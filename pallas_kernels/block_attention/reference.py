@@ -116,8 +116,7 @@ def _in_window(
     page_table: Int[Array, "B n"], page: int, lengths: Int[Array, "B"], window: int | None
 ) -> tuple[Int[Array, "B m"], Int[Array, "B"]]:
     """The columns of the table that the rows see any of, and how many committed rows lie before each one's first."""
-    columns = page_table.shape[1] if window is None else 1 - (-max(0, window - 2) // page)
-    if window is None or columns >= page_table.shape[1]:
+    if window is None or (columns := 1 - (-max(0, window - 2) // page)) >= page_table.shape[1]:
         return page_table, jnp.zeros_like(lengths)
     first = jnp.maximum(lengths - window + 1, 0) // page
     at = first[:, None] + jnp.arange(columns)
