@@ -24,7 +24,28 @@ from pallas_kernels.gated_delta.tree import ancestors, sources
 
 FEW = 8  # rows whose products with their u are added up one by one: 0.13 ms for 16 sequences on the CPU, not 0.27
 
-_product = partial(jnp.matmul, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+_matmul = partial(jnp.matmul, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def _product(a: Float[Array, "... m k"], b: Float[Array, "... k n"]) -> Float[Array, "... m n"]:
+    """Products of matrices in fp32; both are batches of the same shape."""
+    return _matmul(a, b)
+
+
+def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    a, b = saved
+    return _matmul(gradient, b.swapaxes(-1, -2)), _matmul(_turned(a), gradient)
+
+
+_product.defvjp(lambda a, b: (_matmul(a, b), (a, b)), _product_backward)
+
+
+def _turned(a: Float[Array, "... m k"]) -> Float[Array, "... k m"]:
+    """Transposed as arrays of their own: for left sides of products that are to be read turned round, XLA for the CPU
+    has Eigen alone, one small product after the other (0.25 ms for 32 of [16, 16] and [16, 64] in a step, not 0.03).
+    """
+    return jax.lax.optimization_barrier(a.swapaxes(-1, -2))
 
 
 def gated_delta_block(
@@ -146,7 +167,7 @@ def fold(state: Float[Array, "B Hv Dk Dv"], pending: Pending) -> Float[Array, "B
     u = jnp.where(weight != 0, pending.u.astype(jnp.float32), 0.0)
     kept = pending.fold[..., None, None] * state
     if len(state) == 1 or k.shape[2] > FEW:
-        return kept + _product(weighted.swapaxes(-1, -2), u)
+        return kept + _product(_turned(weighted), u)
     return sum((weighted[:, :, i, :, None] * u[:, :, i, None] for i in range(k.shape[2])), kept)
 
 
@@ -182,8 +203,11 @@ def _gates(b: Array, a: Array, A_log: Array, dt_bias: Array) -> tuple[Float[Arra
     return beta, -jnp.exp(A_log.astype(jnp.float32))[:, None] * jax.nn.softplus(dt)
 
 
+@jax.custom_vjp
 def _unit_lower_inverse(a: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
-    """(I + A)^-1 for A strictly lower triangular, by doubling: log2(W) small products."""
+    """(I + A)^-1 for A strictly lower triangular, by doubling: log2(W) small products. With X the inverse and G its
+    gradient, that of A is -X^T G X^T.
+    """
     W = a.shape[-1]
     inverse, power, reached = jnp.eye(W) - a, a, 2
     while reached < W:
@@ -191,6 +215,19 @@ def _unit_lower_inverse(a: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
         inverse = inverse + _product(inverse, power)
         reached *= 2
     return inverse
+
+
+def _inverse_forward(a: Array) -> tuple[Array, Array]:
+    inverse = _unit_lower_inverse(a)
+    return inverse, inverse
+
+
+def _inverse_backward(inverse: Array, gradient: Array) -> tuple[Array]:
+    turned = _turned(inverse)
+    return (-_matmul(_matmul(turned, gradient), turned),)
+
+
+_unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
 class _Solved(NamedTuple):
