@@ -27,7 +27,7 @@ from rich.table import Table
 from dflash_jax.abstract import build, empty_state, read_config
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.decoding.round import DecodeState
-from dflash_jax.decoding.run import run_rounds
+from dflash_jax.decoding.run import rounds_for
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.shapes import shapes_of
@@ -156,7 +156,7 @@ def one_round(
         given = jax.block_until_ready(state())
         count = jax.device_put(np.int32(rounds))
         start = time.perf_counter()
-        jax.block_until_ready(run_rounds(graph, weights, given, None, count, width))
+        jax.block_until_ready(rounds_for(batch)(graph, weights, given, None, count, width))
         return time.perf_counter() - start
 
     timed(FEW)

@@ -18,13 +18,11 @@ from dflash_jax.decoding.acceptance import decide
 from dflash_jax.decoding.prefill import prefill_rows
 from dflash_jax.decoding.proposal import plain_proposal
 from dflash_jax.decoding.round import DecodeState, decode_round, emit, mask_of
-from dflash_jax.decoding.run import MANY_PRODUCTS, PRODUCTS
+from dflash_jax.decoding.run import MANY, MANY_PRODUCTS, PRODUCTS
 from dflash_jax.decoding.sampling import SamplingPlan
 from serve.batch import put_back, taken
 from serve.device import LAST, RESUMED, Sizes, Slots
 from serve.news import news_row
-
-MANY = 8  # slots in a round, from which on `MANY_PRODUCTS` are quicker
 
 
 def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:

@@ -15,7 +15,7 @@ import dflash_jax
 from dflash_jax.cache import DrafterCache, KeyValues
 from dflash_jax.decoding import proposal
 from dflash_jax.decoding.generate import generate
-from dflash_jax.decoding.run import run_rounds
+from dflash_jax.decoding.run import rounds_for
 from dflash_jax.models.target import Target
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -86,8 +86,8 @@ def test_plain_output_is_the_same(case):
 def test_the_drafter_keeps_accepted_rows_only(case, monkeypatch):
     """In rounds that reject most of what was drafted."""
     states = []
-    rounds = lambda *arguments: states.append(run_rounds(*arguments)) or states[-1]  # noqa: E731
-    monkeypatch.setattr("dflash_jax.decoding.run.run_rounds", rounds)
+    rounds = lambda *arguments: states.append(rounds_for(1)(*arguments)) or states[-1]  # noqa: E731
+    monkeypatch.setattr("dflash_jax.decoding.run.rounds_for", lambda sequences: rounds)
     new = len(case.tokens) - len(case.prompt)
     generate(case.pair, [case.prompt.tolist()], max_new_tokens=new)
     (state,) = states
@@ -102,9 +102,9 @@ def test_rows_past_the_committed_length_are_never_read(case, monkeypatch):
         beyond = np.arange(state.tokens.shape[1])[:, None] >= np.asarray(state.cache.lengths)[0]
         layers = jax.tree.map(lambda rows: jnp.where(beyond, 1e4, rows), state.cache.layers)
         state = replace(state, cache=replace(state.cache, layers=layers))
-        return run_rounds(graph, weights, state, *arguments)
+        return rounds_for(1)(graph, weights, state, *arguments)
 
-    monkeypatch.setattr("dflash_jax.decoding.run.run_rounds", rounds)
+    monkeypatch.setattr("dflash_jax.decoding.run.rounds_for", lambda sequences: rounds)
     test_output_and_acceptance_lengths(case)
 
 

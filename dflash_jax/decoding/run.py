@@ -25,12 +25,17 @@ from dflash_jax.text import Prompt
 # Vectors of 512 bits, where the CPU has them, and maxima that do not look for NaN save 5% each. XLA's newer library of
 # products for the CPU (YNNPACK) is slower for few sequences: 2.7 against 2.1 ms for 8 rows of the embedded pair, 0.81
 # against 0.68 for one; of 8 sequences 13.4 against 14.7 ms and 3.8 against 3.7, of 16 20.7 against 23.2 and 5.2 against
-# 5.1. Other platforms ignore these options.
+# 5.1, of 64 plain ones 19.4 against 23.9. Other platforms ignore these options.
 MANY_PRODUCTS = {"xla_cpu_prefer_vector_width": "512", "xla_cpu_enable_fast_min_max": True}
 PRODUCTS = MANY_PRODUCTS | {"xla_cpu_experimental_ynn_fusion_type": ""}
+MANY = 8  # sequences in a round, from which on `MANY_PRODUCTS` are quicker
 
 
-@partial(jax.jit, static_argnames=("graph", "width"), donate_argnames=("state",), compiler_options=PRODUCTS)
+def rounds_for(sequences: int) -> Any:
+    """The compiled `run_rounds` for so many sequences."""
+    return _of_few if sequences < MANY else _of_many
+
+
 def run_rounds(
     graph: nnx.GraphDef,
     weights: nnx.State,
@@ -55,6 +60,10 @@ def run_rounds(
 
     state = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))[1]
     return replace(state, cache=state.cache.fitted(rows))
+
+
+_jitted: Any = partial(jax.jit, run_rounds, static_argnames=("graph", "width"), donate_argnames=("state",))
+_of_few, _of_many = _jitted(compiler_options=PRODUCTS), _jitted(compiler_options=MANY_PRODUCTS)
 
 
 class Run:
@@ -128,7 +137,8 @@ class Run:
         began, seen = time.perf_counter(), [len(output.counts) for output in self.outputs]
         count = jax.device_put(np.int32(rounds))
         with self.pair.on_mesh():
-            state = run_rounds(self.graph, self.weights, state, self.sampling, count, width)
+            run = rounds_for(len(state.finished))
+            state = run(self.graph, self.weights, state, self.sampling, count, width)
         done = self._look(state)
         if self.pace is not None:
             counts = [output.counts[n:] for output, n in zip(self.outputs, seen, strict=True)]

@@ -11,11 +11,12 @@ from flax import nnx
 
 from dflash_jax.decoding import run as run_module
 from dflash_jax.decoding.generate import generate
-from dflash_jax.decoding.run import Run, run_rounds
+from dflash_jax.decoding.run import MANY, Run, rounds_for
 from tests.decoding import pairs
 
 NEW = 20
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
+run_rounds = rounds_for(2)
 HOST = re.compile("callback|infeed|outfeed|stablehlo.send|stablehlo.recv")
 
 
@@ -77,6 +78,16 @@ def test_nothing_is_compiled_again(settings, caplog):
     assert not compilations([200, 2], 3, stop=[2, 4])
     if settings:
         assert not compilations([4, 4], NEW, temperature=[0.0, 2.0], top_k=3, seed=[7, 8])
+
+
+def test_many_sequences_have_a_program_of_their_own():
+    """With XLA's other products on a CPU; each sequence gets the tokens it gets alone."""
+    assert rounds_for(MANY - 1) is run_rounds is not rounds_for(MANY)
+    pair, prompts = pairs.pair("qwen3_5_moe"), pairs.prompts(list(range(1, MANY + 1)))
+    rounds_for(MANY).clear_cache()
+    together = generate(pair, prompts, max_new_tokens=NEW)
+    assert rounds_for(MANY)._cache_size() == 1
+    assert [one.tokens for one in together] == [generate(pair, [p], max_new_tokens=NEW)[0].tokens for p in prompts]
 
 
 def test_positions_are_turned_into_angles_once_for_all_layers():

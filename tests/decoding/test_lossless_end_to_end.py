@@ -13,7 +13,7 @@ import pytest
 
 from dflash_jax.decoding import acceptance
 from dflash_jax.decoding.generate import generate
-from dflash_jax.decoding.run import run_rounds
+from dflash_jax.decoding.run import rounds_for
 from tests.decoding import pairs, reference
 from tests.decoding.test_batching import DEFAULTS
 from tests.statistics import THRESHOLD, chi_square, histogram, marginal
@@ -109,8 +109,8 @@ def _residual_is_p(monkeypatch):
 )
 def test_a_broken_rule_is_detected(monkeypatch, breaks, drafter, group):
     breaks(monkeypatch)
-    run_rounds.clear_cache()
+    rounds_for(SEEDS).clear_cache()
     groups, _ = sample(drafter, groups=(group,))
-    run_rounds.clear_cache()
+    rounds_for(SEEDS).clear_cache()
     values = p_values(groups[group], group)
     assert min(values.values()) < COLLAPSED, values
