@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gated_delta import gated_delta_block, gated_delta_prefill
+from pallas_kernels.gated_delta import Pending, gated_delta_block, gated_delta_prefill
 from pallas_kernels.gated_delta.tree import ancestors, sources
 from tests.pallas_kernels.gated_delta_rounds import Rounds, Shape, path_to, random_parents, rows
 
@@ -80,3 +80,45 @@ def test_packed_documents_begin_from_nothing(lengths):
         np.testing.assert_allclose(out[:, first : first + length], alone[:, :length], rtol=1e-5, atol=1e-5)
         first += length
     np.testing.assert_allclose(state, last, rtol=1e-5, atol=1e-5)
+
+
+def by_rows(state, tail, mixed, b, a, taps, A_log, dt_bias):
+    """The rule, row by row: outputs [B T Hv Dv] and the last state."""
+    T, K, r, d = mixed.shape[1], len(taps), state.shape[1] // mixed.shape[2], state.shape[2]
+    history = jnp.concatenate([tail, mixed], 1)
+    x = jax.nn.silu(sum(history[:, i : i + T] * taps[i] for i in range(K)))
+    unit = lambda y: jnp.repeat(y / jnp.sqrt(jnp.sum(y * y, -1, keepdims=True) + 1e-6), r, 2)  # noqa: E731
+    q, k, v = unit(x[..., :d]) * d**-0.5, unit(x[..., d : 2 * d]), x[..., 2 * d :].reshape(*b.shape, -1)
+    beta, decay = jax.nn.sigmoid(b), jnp.exp(-jnp.exp(A_log) * jax.nn.softplus(a + dt_bias))
+
+    def row(state, given):
+        q, k, v, beta, decay = given
+        state = decay[..., None, None] * state
+        u = beta[..., None] * (v - jnp.einsum("bhkv,bhk->bhv", state, k))
+        state = state + k[..., None] * u[..., None, :]
+        return state, jnp.einsum("bhkv,bhk->bhv", state, q)
+
+    state, out = jax.lax.scan(row, state, [y.swapaxes(0, 1) for y in (q, k, v, beta, decay)])
+    return out.swapaxes(0, 1), state
+
+
+def test_gradients_of_a_prefill_are_those_of_the_rule_row_by_row():
+    """Over several chunks, one of them not full."""
+    run = Rounds(Shape(), 5, np.random.default_rng(6), block, prefill)
+    run.run_prefill(9, [9, 9])
+    shape = run.shape
+    nothing = Pending.empty(shape.B, 1, shape.Hk, shape.Hv, shape.Dk, shape.Dv)
+    given = [jnp.asarray(x) for x in (run.state, run.tail, *rows(shape, run.rng, 37), *run.weights)]
+    count, weights = jnp.full(2, 37), jnp.asarray(run.rng.normal(size=(2, 37, 1, 1)), jnp.float32)
+
+    def loss(out, state):
+        return jnp.sum(jnp.sin(out * 3) * weights) + jnp.sum(jnp.cos(state * 3))
+
+    def of_chunks(state, tail, *more):
+        return loss(*gated_delta_prefill(state, nothing, tail, *more, count))
+
+    found = jax.jit(jax.grad(of_chunks, tuple(range(8))))(*given)
+    want = jax.grad(lambda *given: loss(*by_rows(*given)), tuple(range(8)))(*given)
+    for got, right in zip(found, want, strict=True):
+        assert np.max(np.abs(right)) > 0.01
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-5)
