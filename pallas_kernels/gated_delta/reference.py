@@ -12,7 +12,6 @@ i and decay_ij = exp(G_i - G_j) where j is i or an ancestor of i, else 0:
 u_j depends on row j's ancestors only, so any path can be committed afterwards without solving again.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,36 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.gated_delta.pending import Pending, Rows
+from pallas_kernels.gated_delta.products import product, turned, unit_lower_inverse
 from pallas_kernels.gated_delta.tree import ancestors, sources
 
 FEW = 8  # rows whose products with their u are added up one by one: 0.13 ms for 16 sequences on the CPU, not 0.27
-
-_matmul = partial(jnp.matmul, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_vjp
-def _product(a: Float[Array, "... m k"], b: Float[Array, "... k n"]) -> Float[Array, "... m n"]:
-    """Products of matrices in fp32; both are batches of the same shape."""
-    return _matmul(a, b)
-
-
-def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    a, b = saved
-    return _matmul(gradient, b.swapaxes(-1, -2)), _matmul(_turned(a), gradient)
-
-
-_product.defvjp(lambda a, b: (_matmul(a, b), (a, b)), _product_backward)
-
-
-def _turned(a: Float[Array, "... m k"]) -> Float[Array, "... k m"]:
-    """Transposed; on a CPU as arrays of their own. Products whose left sides are to be read turned round XLA leaves to
-    Eigen there, one small product after the other (0.25 ms for 32 of [16, 16] and [16, 64] in training, not 0.03).
-    """
-
-    def apart(a: Array) -> Array:
-        return jax.lax.optimization_barrier(a.swapaxes(-1, -2))
-
-    return jax.lax.platform_dependent(a, cpu=apart, default=lambda a: a.swapaxes(-1, -2))
 
 
 def gated_delta_block(
@@ -173,7 +146,7 @@ def fold(state: Float[Array, "B Hv Dk Dv"], pending: Pending) -> Float[Array, "B
     u = jnp.where(weight != 0, pending.u.astype(jnp.float32), 0.0)
     kept = pending.fold[..., None, None] * state
     if len(state) == 1 or k.shape[2] > FEW:
-        return kept + _product(_turned(weighted), u)
+        return kept + product(turned(weighted), u)
     return sum((weighted[:, :, i, :, None] * u[:, :, i, None] for i in range(k.shape[2])), kept)
 
 
@@ -209,33 +182,6 @@ def _gates(b: Array, a: Array, A_log: Array, dt_bias: Array) -> tuple[Float[Arra
     return beta, -jnp.exp(A_log.astype(jnp.float32))[:, None] * jax.nn.softplus(dt)
 
 
-@jax.custom_vjp
-def _unit_lower_inverse(a: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
-    """(I + A)^-1 for A strictly lower triangular, by doubling: log2(W) small products. With X the inverse and G its
-    gradient, that of A is -X^T G X^T.
-    """
-    W = a.shape[-1]
-    inverse, power, reached = jnp.eye(W) - a, a, 2
-    while reached < W:
-        power = _product(power, power)
-        inverse = inverse + _product(inverse, power)
-        reached *= 2
-    return inverse
-
-
-def _inverse_forward(a: Array) -> tuple[Array, Array]:
-    inverse = _unit_lower_inverse(a)
-    return inverse, inverse
-
-
-def _inverse_backward(inverse: Array, gradient: Array) -> tuple[Array]:
-    turned = _turned(inverse)
-    return (-_matmul(_matmul(turned, gradient), turned),)
-
-
-_unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
-
-
 class _Solved(NamedTuple):
     """What rows are to each other, whatever the state before them."""
 
@@ -253,16 +199,16 @@ def _solve(
 ) -> _Solved:
     """Of W rows; `path` marks a row and its ancestors, or all rows before it if None."""
     W, r = q.shape[-2], beta.shape[-2] // q.shape[-3]
-    inner = _product(jnp.concatenate([k, q], axis=-2), k.swapaxes(-1, -2))
+    inner = product(jnp.concatenate([k, q], axis=-2), k.swapaxes(-1, -2))
     inner = jnp.repeat(inner, r, axis=-3)  # [... Hv 2W W]
-    decay = jnp.cumsum(g, -1) if path is None else _product(g, path.astype(jnp.float32).swapaxes(-1, -2))
+    decay = jnp.cumsum(g, -1) if path is None else product(g, path.astype(jnp.float32).swapaxes(-1, -2))
     if W == 1:
         return _Solved(None, inner[..., 1:, :], decay)
     lower = jnp.tril(jnp.ones((W, W), bool)) if path is None else path[..., None, :, :]
     gap = decay[..., :, None] - decay[..., None, :]
     between = jnp.where(lower, jnp.exp(jnp.where(lower, gap, 0.0)), 0.0)
     strict = beta[..., None] * jnp.where(jnp.eye(W, dtype=bool), 0.0, between) * inner[..., :W, :]
-    return _Solved(_unit_lower_inverse(strict), between * inner[..., W:, :], decay)
+    return _Solved(unit_lower_inverse(strict), between * inner[..., W:, :], decay)
 
 
 def _delta_rule(
@@ -276,7 +222,7 @@ def _delta_rule(
 ) -> tuple[Float[Array, "B Hv W Dv"], Float[Array, "B Hv W Dv"]]:
     """Outputs and u of W rows from `state`. Rows that are not `carried` begin from an empty state."""
     W, r = q.shape[2], v.shape[1] // q.shape[1]
-    from_state = _product(jnp.repeat(jnp.concatenate([k, q], axis=2), r, axis=1), state)  # [B Hv 2W Dv]
+    from_state = product(jnp.repeat(jnp.concatenate([k, q], axis=2), r, axis=1), state)  # [B Hv 2W Dv]
     grown = jnp.exp(solved.decay)[..., None]
     if carried is not None:
         grown = jnp.where(carried[:, None, :, None], grown, 0.0)
@@ -284,6 +230,6 @@ def _delta_rule(
     if solved.inverse is None:
         mixed = solved.mixing * u
     else:
-        u = _product(solved.inverse, u)
-        mixed = _product(solved.mixing, u)
+        u = product(solved.inverse, u)
+        mixed = product(solved.mixing, u)
     return grown * from_state[:, :, W:] + mixed, u
