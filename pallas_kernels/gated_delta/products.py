@@ -11,7 +11,7 @@ _matmul = partial(jnp.matmul, preferred_element_type=jnp.float32, precision=jax.
 
 @jax.custom_vjp
 def product(a: Float[Array, "... m k"], b: Float[Array, "... k n"]) -> Float[Array, "... m n"]:
-    """Products of matrices in fp32; both are batches of the same shape."""
+    """Products of matrices in fp32; both are batches of the same shape. b's gradient is made of `turned` a."""
     return _matmul(a, b)
 
 
@@ -42,8 +42,8 @@ def unit_lower_inverse(a: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
     W = a.shape[-1]
     inverse, power, reached = jnp.eye(W) - a, a, 2
     while reached < W:
-        power = product(power, power)
-        inverse = inverse + product(inverse, power)
+        power = _matmul(power, power)
+        inverse = inverse + _matmul(inverse, power)
         reached *= 2
     return inverse
 

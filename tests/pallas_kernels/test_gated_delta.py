@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,19 @@ def test_gradients_of_a_prefill_are_those_of_the_rule_row_by_row():
     for got, right in zip(found, want, strict=True):
         assert np.max(np.abs(right)) > 0.01
         np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_has_no_products_of_left_sides_turned_round():
+    """On a CPU, where XLA's library of products does not take them: but for one, that of k with itself."""
+    run = Rounds(Shape(), 5, np.random.default_rng(7), block, prefill)
+    given = [jnp.asarray(x) for x in rows(run.shape, run.rng, 37)]
+    more = [*map(jnp.asarray, run.weights), jnp.full(2, 37)]
+
+    def loss(*given):
+        out, state = gated_delta_prefill(run.state, run.pending, run.tail, *given, *more)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(state))
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*given).compile().as_text()
+    sides = re.findall(r"lhs_batch_dims=\{([\d,]+)\}, lhs_contracting_dims=\{(\d+)\}", text)
+    turned = [int(column) == batch.count(",") + 1 for batch, column in sides]  # the first axis behind the batch's
+    assert len(turned) > 10 and sum(turned) <= 1
