@@ -51,7 +51,7 @@ def default_drafter() -> DrafterTraining:
         architecture=DrafterArchitecture(
             head_dim=64, intermediate_size=384, sliding_window=96, causal=False, convolution=True, selector_rank=64
         ),
-        loop=LoopConfig(steps=8000),
+        loop=LoopConfig(steps=8000, evaluate_every=400),
         optimizer=OptimizerConfig("muon", learning_rate=5e-3, adam_learning_rate=2e-3),
         loss="dpace",
         anchors=48,
