@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_a_killed_replica_loses_no_request(tmp_path, children_share_programs):
+def test_a_killed_replica_loses_no_request(tmp_path):
     from tests.serve.deploy import replicas
 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
