@@ -195,15 +195,50 @@ def _with_rows(tree: Any, part: Any, slots: Array) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Backlog:
+    """Taps of the last `count[b]` committed rows, which the drafter has not read yet.
+
+    A plain round puts its row here, which costs a copy; the drafter reads all rows in one pass before it drafts again.
+    """
+
+    taps: Float[Array, "B R CD"]
+    count: Int[Array, "B"]
+
+    def add(self, taps: Float[Array, "B 1 CD"], count: Int[Array, "B"]) -> "Backlog":
+        """Append one row where `count[b]` is 1. A sequence with R rows has no room: see `decoding.observe.catch_up`."""
+        batch, room = self.taps.shape[:2]
+        at = jnp.where(count > 0, self.count, room)
+        taps = self.taps.at[jnp.arange(batch), at].set(taps[:, 0].astype(self.taps.dtype), mode="drop")
+        return Backlog(taps, self.count + count)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DrafterCache:
     """Keys and values that the drafter made from the target's taps, for committed positions only."""
 
     layers: tuple[KeyValues, ...]
+    backlog: Backlog | None = None  # None: the drafter reads the rows of every round at once
 
     @classmethod
-    def empty(cls, config: DrafterConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "DrafterCache":
+    def empty(
+        cls,
+        config: DrafterConfig,
+        batch: int,
+        capacity: int,
+        dtype: jnp.dtype,
+        backlog: tuple[int, int] | None = None,
+    ) -> "DrafterCache":
+        """Reserve `capacity` positions for each of `batch` sequences or pages.
+
+        `backlog` is (sequences, rows of each) that plain rounds may leave unread.
+        """
         layer = KeyValues.empty(batch, config.num_kv_heads, capacity, config.head_dim, dtype)
-        return cls((layer,) * config.num_layers)
+        layers, width = (layer,) * config.num_layers, len(config.tap_ids) * config.hidden_size
+        if backlog is None:
+            return cls(layers)
+        taps = constrain(jnp.zeros((*backlog, width), dtype), "batch", "...")
+        return cls(layers, Backlog(taps, jnp.zeros(backlog[0], jnp.int32)))
 
     def commit(
         self,
@@ -223,4 +258,12 @@ class DrafterCache:
                 write_rows(cache.values, cache.placed(values), lengths, count, page_table=page_table),
             )
 
-        return DrafterCache(tuple(of_layer(c, *kv) for c, kv in zip(self.layers, rows, strict=True)))
+        return replace(self, layers=tuple(of_layer(c, *kv) for c, kv in zip(self.layers, rows, strict=True)))
+
+    def take(self, slots: Int[Array, "B"]) -> "DrafterCache":
+        """Return some of the sequences as a batch of their own. Pages stay where they are."""
+        return replace(self, backlog=_rows_of(self.backlog, slots))
+
+    def put(self, part: "DrafterCache", slots: Int[Array, "B"]) -> "DrafterCache":
+        """Put back `part`, which was taken; a slot past the last is dropped."""
+        return replace(part, backlog=_with_rows(self.backlog, part.backlog, slots))

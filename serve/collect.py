@@ -64,6 +64,7 @@ class Collector:
         before, emitted, counts = len(r.output.tokens), len(said.tokens), said.counts
         kept = emitted if r.matcher is None else r.matcher.take(said.tokens)
         r.output.extend(said.tokens[:kept], counts, said.logprobs)
+        r.behind = said.behind
         r.least += emitted - expected[0]
         r.most += emitted - expected[1]
         self.stats.tokens += len(r.output.tokens) - before
@@ -85,13 +86,8 @@ class Collector:
 
     def _learn(self, batch: Batch, counts: list[list[int]], seconds: float | None) -> None:
         """Acceptance and cost of the rounds, for the controller and for whoever watches."""
-        plan = batch.plan
-        drafting = [row for r, row in zip(batch.rows, counts, strict=True) if r.cold is None]
-        done = max(map(len, counts), default=0)
+        plan, done = batch.plan, max(map(len, counts), default=0)
         self.stats.saw_rounds(plan.width, [count for row in counts for count in row], done)
-        if plan.grammar:
-            return  # drafts that break a grammar say nothing of the others
-        if plan.width > 1:
-            self.controller.observe_counts(plan.width, drafting)
+        self.controller.observe_counts(plan.load, plan.width, [r.text for r in batch.rows], counts)
         if seconds is not None and done:
             self.controller.observe_cost(plan.load, plan.width, seconds / done)

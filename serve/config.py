@@ -31,8 +31,8 @@ MEMORY = 0.85  # of an accelerator's
 class EngineConfig:
     """Sizes are fixed at the start, and so is what is compiled.
 
-    That is the rounds, buckets x (widths + 2) x plans, one plan more with `logprobs`, two programs a bucket with
-    `grammar`, and the prefills.
+    That is the rounds, buckets x widths x plans, one plan more with `logprobs`, four programs a bucket with `grammar`,
+    and the prefills.
     """
 
     slots: int = 16  # requests that run at once
@@ -64,7 +64,6 @@ class Plan:
     bucket: int
     settings: SamplingPlan
     width: int
-    draft: bool  # False: the drafter's cache is not kept up
     rounds: int
     load: Hashable  # what the costs of this kind of dispatch are known under
     grammar: bool = False  # one round, between whose draft and check the host says what may come
@@ -96,14 +95,9 @@ class Resolved:
         """The plan that does most."""
         return max(self.plans, key=lambda p: (p.penalties, p.bias, p.min_tokens, p.filters, p.random, p.logprobs))
 
-    def masked(self, bucket: int) -> Plan:
-        """How requests with grammars run: all of them in one way, so that few programs are compiled.
-
-        The widest, since each of their rounds waits for the host; and the controller does not know how often drafts
-        that nobody told of a grammar keep to it.
-        """
-        width, draft = self.modes[-1]
-        return Plan(bucket, self.everything, width, draft, 1, ("grammar", bucket), grammar=True)
+    def masked(self, bucket: int, width: int) -> Plan:
+        """Return how requests with grammars run: with all settings, so that few programs are compiled."""
+        return Plan(bucket, self.everything, width, 1, ("grammar", bucket), grammar=True)
 
     def plan_for(self, needs: Iterable[SamplingPlan]) -> SamplingPlan:
         """The cheapest compiled plan that does for all of some requests."""
@@ -120,11 +114,14 @@ class Resolved:
             raise InputError("this engine was started without penalties, logit_bias and min_tokens; leave them out")
 
     @property
-    def modes(self) -> list[tuple[int, bool]]:
-        """Rounds that are compiled: (width, whether the drafter's cache is kept up)."""
-        if len(self.widths) == 1:
-            return [(1, False)]
-        return [(1, False), *((width, True) for width in (self.widths if self.adaptive else self.widths[-1:]))]
+    def compiled(self) -> tuple[int, ...]:
+        """Widths of rounds that are compiled; requests past the drafter's positions need plain ones."""
+        return self.widths if self.adaptive else tuple(sorted({1, self.widths[-1]}))
+
+    @property
+    def masked_widths(self) -> tuple[int, ...]:
+        """Widths of rounds with grammars."""
+        return tuple(sorted({1, self.widths[-1]}))
 
 
 def covers(plan: SamplingPlan, need: SamplingPlan) -> bool:

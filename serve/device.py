@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, UInt32
 from dflash_jax.cache import DrafterCache, KeyValues, Recurrence, TargetCache
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.decoding.masks import words_of
+from dflash_jax.decoding.observe import BACKLOG
 from dflash_jax.decoding.round import DecodeState
 from dflash_jax.decoding.sampling import History, Sampling, SamplingPlan
 from dflash_jax.sharding import constrain
@@ -89,7 +90,9 @@ def empty(target: TargetConfig, drafter: DrafterConfig | None, dtype: Any, sizes
     history = History(jnp.zeros((M, V), bool), jnp.zeros((M, V), jnp.int32)) if settings else None
     decode = DecodeState(
         cache=cache,
-        draft_cache=None if drafter is None else DrafterCache.empty(drafter, *pages, dtype),
+        draft_cache=None
+        if drafter is None
+        else DrafterCache.empty(drafter, *pages, dtype, (M, max(BACKLOG, sizes.rounds))),
         tokens=jnp.zeros((M, sizes.room), jnp.int32),
         start=numbers,
         known=numbers,
@@ -162,9 +165,13 @@ def admit(state: Slots, new: Admission) -> Slots:
         i = jnp.arange(new.tokens.shape[0])
         own = own.add(new.tokens[None], ((i >= new.prompt) & (i < new.known))[None])
         history = jax.tree.map(lambda old, one: old.at[at].set(one[0]), history, own)
+    draft_cache = d.draft_cache
+    if draft_cache is not None and (backlog := draft_cache.backlog) is not None:
+        draft_cache = replace(draft_cache, backlog=replace(backlog, count=backlog.count.at[at].set(0)))
     decode = replace(
         d,
         cache=cache,
+        draft_cache=draft_cache,
         tokens=d.tokens.at[at].set(new.tokens),
         start=d.start.at[at].set(new.prompt),
         known=d.known.at[at].set(new.known),

@@ -1,12 +1,14 @@
 """What runs next: prompts into slots, chunks of them, and rounds of all that decode."""
 
+import sys
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 
-from dflash_jax.decoding.width import WidthController
+from dflash_jax.decoding.width import Group, Text, WidthController
 from serve.config import Plan, Resolved
 from serve.programs import Drafted, Programs
 from serve.requests import Running
@@ -51,10 +53,9 @@ class Dispatcher:
     ):
         self.config, self.scheduler, self.programs = config, scheduler, programs
         self.controller, self.stats = controller, stats
-        drafter = programs.pair.drafter
-        self._drafts = drafter is not None and len(config.widths) > 1
+        drafter = programs.pair.drafter if len(config.widths) > 1 else None
         self._passes = 0  # over prompts, since the last rounds
-        self._longest = 0 if drafter is None else drafter.config.max_position
+        self._last_draft = 0 if drafter is None else (drafter.config.max_position or sys.maxsize)
 
     @property
     def masked(self) -> bool:
@@ -76,10 +77,12 @@ class Dispatcher:
         masked = self._reserve(self._masked_rows, self._masked_plans, more)
         drafted = None if masked is None else self.programs.propose(masked.rows, masked.plan)
         # While the host finds out what may follow the drafts, the device runs the others.
-        free = self._reserve(self._free_rows, self._plans, more or masked is not None)
-        if free is not None:
-            places, news = self.programs.rounds(free.rows, free.deltas, free.plan)
-            flight.batches.append(self._started(free, places, news))
+        for rows, group in self._groups(self._free_rows()):
+            more_comes = more or masked is not None or bool(flight.batches)
+            free = self._reserve(partial(self._still_free, rows), partial(self._plans, group), more_comes)
+            if free is not None:
+                places, news = self.programs.rounds(free.rows, free.deltas, free.plan)
+                flight.batches.append(self._started(free, places, news))
         if masked is not None and drafted is not None:
             flight.batches.append(self._started(masked, drafted.places, self._check(masked, drafted)))
         return flight if flight.chunks or flight.batches else None
@@ -111,8 +114,6 @@ class Dispatcher:
         for r in reserved.rows:
             r.least += 1
             r.most += plan.rounds * plan.width
-            if not plan.draft and r.cold is None:
-                r.cold = len(r.tokens) - 1
         return Batch(plan, reserved.rows, places, news)
 
     def _check(self, masked: Reserved, drafted: Drafted) -> jax.Array:
@@ -131,25 +132,40 @@ class Dispatcher:
     def _free_rows(self) -> list[Running]:
         return [r for r in self.scheduler.running if r.decoding and r.matcher is None]
 
+    def _still_free(self, rows: list[Running]) -> list[Running]:
+        """Return those of some rows that still have a slot: one may have given its own back for others."""
+        return [r for r in rows if r.decoding]
+
     def _masked_rows(self) -> list[Running]:
         return [r for r in self.scheduler.running if r.decoding and r.matcher is not None and r.settled]
 
-    def _bucket(self, rows: list[Running]) -> int:
-        return next(b for b in self.config.buckets if b >= len(rows))
+    def _bucket(self, count: int) -> int:
+        return next(b for b in self.config.buckets if b >= count)
 
     def _masked_plans(self, rows: list[Running]) -> tuple[Plan, ...]:
-        return (self.config.masked(self._bucket(rows)),)
+        c, texts = self.config, [self._text(r) for r in rows]
 
-    def _plans(self, rows: list[Running]) -> tuple[Plan, ...]:
+        def load(count: int) -> Hashable:
+            return c.masked(self._bucket(count), 1).load
+
+        (group,) = self.controller.arrange(texts, load, c.masked_widths, apart=False)
+        return (c.masked(self._bucket(len(rows)), group.width),)
+
+    def _groups(self, rows: list[Running]) -> list[tuple[list[Running], Group]]:
+        """Return the batches to run next, each with its width."""
+        if not rows:
+            return []
+        settings = self.config.plan_for(r.sampling.plan for r in rows)
+        groups = self.controller.arrange([self._text(r) for r in rows], lambda n: (settings, self._bucket(n)))
+        return [([rows[i] for i in group.members], group) for group in groups]
+
+    def _plans(self, group: Group, rows: list[Running]) -> tuple[Plan, ...]:
         """How to run the next rounds of these requests, and how where pages are scarce."""
-        c, bucket, running = self.config, self._bucket(rows), self.scheduler.running
+        c, bucket, running = self.config, self._bucket(len(rows)), self.scheduler.running
         settings = c.plan_for(r.sampling.plan for r in rows)
         load, others = (settings, bucket), any(r.waits_for_prefill or r.matcher is not None for r in running)
-        share = sum(self._can_draft(r) for r in rows) / len(rows)
-        width, trial = self.controller.choose(load, share)
-        plain = share == 0 or (width == 1 and self.controller.settled_on_plain(load))
-        rounds = min(self._rounds(load, width, others), 2 if trial else c.sizes.rounds)
-        plan = Plan(bucket, settings, width, self._drafts and not plain, rounds, load)
+        rounds = min(group.most, self._rounds(load, group.width, others))
+        plan = Plan(bucket, settings, group.width, rounds, load)
         return plan, plan.of(rounds=1)
 
     def _rounds(self, load: Hashable, width: int, others: bool) -> int:
@@ -160,7 +176,6 @@ class Dispatcher:
             return most
         return max(1, int(min(most, c.dispatch_ms / 1e3 / cost)))
 
-    def _can_draft(self, r: Running) -> bool:
-        if self.programs.pair.drafter is None or r.cold is not None:
-            return False
-        return not self._longest or r.most + self.config.sizes.width <= self._longest
+    def _text(self, r: Running) -> Text | None:
+        """Return what is known of a request's drafts; None: it is too long for the drafter."""
+        return r.text if r.most + self.config.sizes.width <= self._last_draft else None

@@ -99,7 +99,7 @@ class Engine:
         return handle
 
     def _prepare(self, handle: Handle, order: int) -> Running:
-        return prepare(self.pair, handle, order, self.config, self._grammars)
+        return prepare(self.pair, handle, order, self.config, self._grammars, self.controller)
 
     def _check_alive(self) -> None:
         if not self.alive:

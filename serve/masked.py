@@ -5,6 +5,7 @@ before it, and is refused by the same test as any other; so the output has the d
 same masks.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,7 +17,7 @@ from dflash_jax.decoding.round import propose_round, verify_round
 from dflash_jax.decoding.run import PRODUCTS
 from dflash_jax.decoding.sampling import SamplingPlan
 from dflash_jax.sharding import constrain
-from serve.batch import put_back, taken
+from serve.batch import caught_up, put_back, taken
 from serve.device import Sizes, Slots
 from serve.news import news_row
 from serve.steps import with_pages
@@ -24,7 +25,7 @@ from serve.steps import with_pages
 _STATIC = ("graph", "bucket", "sizes", "width", "plan")
 
 
-@partial(jax.jit, static_argnames=_STATIC, compiler_options=PRODUCTS)
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",), compiler_options=PRODUCTS)
 def run_proposal(
     graph: nnx.GraphDef,
     weights: nnx.State,
@@ -35,11 +36,16 @@ def run_proposal(
     sizes: Sizes,
     width: int,
     plan: SamplingPlan,
-) -> Proposal:
-    """Drafts for some slots, whole on every device; the state stays as it is."""
+) -> tuple[Slots, Proposal]:
+    """Draft for some slots, whole on every device. The state differs only in what the drafter has read."""
     target, drafter = nnx.merge(graph, weights)
-    part, sampling, _ = taken(state, slots, plan, width, 1, drafter is not None, bucket == sizes.slots)
-    return jax.tree.map(lambda x: constrain(x, "..."), propose_round(target, drafter, part, sampling, width))
+    part, sampling, _ = taken(state, slots, plan, width, 1, bucket == sizes.slots)
+    part = caught_up(part, drafter, width, 1)
+    proposal = propose_round(target, drafter, part, sampling, width)
+    if state.decode.draft_cache is not None and part.draft_cache is not None:
+        draft_cache = state.decode.draft_cache.put(part.draft_cache, slots)
+        state = replace(state, decode=replace(state.decode, draft_cache=draft_cache))
+    return state.laid_out(), jax.tree.map(lambda x: constrain(x, "..."), proposal)
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",), compiler_options=PRODUCTS)
@@ -62,7 +68,7 @@ def run_check(
     """
     target, drafter = nnx.merge(graph, weights)
     slots, state = order[:bucket], with_pages(state, order[bucket:])
-    part, sampling, there = taken(state, slots, plan, width, 1, drafter is not None, bucket == sizes.slots)
+    part, sampling, there = taken(state, slots, plan, width, 1, bucket == sizes.slots)
     before = part.known
     part = verify_round(target, drafter, part, sampling, proposal, words)
     return put_back(state, part, slots, there, sizes.width, bucket == sizes.slots), news_row(part, before, width)

@@ -11,14 +11,16 @@ from dflash_jax.decoding.output import HostLogprobs
 from dflash_jax.decoding.round import DecodeState
 from dflash_jax.sharding import constrain
 
-HEADER = 3  # numbers before the counts: tokens emitted, whether the request has ended, rounds
+HEADER = 4  # numbers before the counts: tokens emitted, whether the request has ended, rounds, rows the drafter lacks
 
 
 def news_row(part: DecodeState, before: Int[Array, "B"], room: int) -> Int[Array, "B n"]:
     """Of a batch that had `before` tokens, and has got up to `room` more."""
     batch, at = before.shape[0], before[:, None] + jnp.arange(room)
     emitted = jnp.take_along_axis(part.tokens, at, axis=1, mode="clip")
-    header = jnp.stack([part.known - before, part.finished.astype(jnp.int32), part.rounds], 1)
+    backlog = None if part.draft_cache is None else part.draft_cache.backlog
+    behind = jnp.zeros_like(before) if backlog is None else backlog.count
+    header = jnp.stack([part.known - before, part.finished.astype(jnp.int32), part.rounds, behind], 1)
     columns = [header, part.counts, emitted]
     if part.logprobs is not None:
         rows = part.logprobs.rows
@@ -34,16 +36,17 @@ class News:
     tokens: list[int]
     counts: list[int]  # rows accepted in each round
     ended: bool
+    behind: int  # committed rows that the drafter has not read
     logprobs: HostLogprobs | None
 
 
 def news_of(row: np.ndarray, rounds: int, room: int, top: int) -> News:
     """From a row that has counts of so many rounds, and `top` likely tokens beside each of `room` (0: no logprobs)."""
-    emitted, ended, done = row[:HEADER].tolist()
+    emitted, ended, done, behind = row[:HEADER].tolist()
     counts, start = row[HEADER : HEADER + done].tolist(), HEADER + rounds
     tokens, found = row[start : start + emitted].tolist(), None
     if top:
         own, likely, ids = np.split(row[start + room :], [room, room + room * top])
         values = own.view(np.float32), likely.view(np.float32).reshape(room, top), ids.reshape(room, top)
         found = values[0][:emitted], values[1][:emitted], values[2][:emitted]
-    return News(tokens, counts, bool(ended), found)
+    return News(tokens, counts, bool(ended), behind, found)

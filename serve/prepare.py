@@ -5,6 +5,7 @@ import numpy as np
 from dflash_jax.decoding.checks import check_min_tokens, split_stops
 from dflash_jax.decoding.output import Output
 from dflash_jax.decoding.sampling import Sampling
+from dflash_jax.decoding.width import WidthController
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
 from serve.config import Resolved
@@ -13,7 +14,9 @@ from serve.grammar import Grammars
 from serve.requests import Handle, Running
 
 
-def prepare(pair: Pair, handle: Handle, order: int, config: Resolved, grammars: Grammars) -> Running:
+def prepare(
+    pair: Pair, handle: Handle, order: int, config: Resolved, grammars: Grammars, controller: WidthController
+) -> Running:
     """Check a request.
 
     InputError as from `dflash_jax.generate`, and for a prompt or settings that this engine is not made for.
@@ -41,4 +44,5 @@ def prepare(pair: Pair, handle: Handle, order: int, config: Resolved, grammars: 
     stops = np.full(STOPS, -1, np.int32)
     stops[: len(ends)] = ends
     output = Output(pair.tokenizer, len(prompt), stop_texts, set(ends), min_tokens=least, logprobs=request.logprobs)
-    return Running(handle, order, prompt, min(len(prompt) + int(new), longest), stops, sampling, output, matcher)
+    limit, text = min(len(prompt) + int(new), longest), controller.text(grammar=matcher is not None)
+    return Running(handle, order, prompt, limit, stops, sampling, output, text, matcher)

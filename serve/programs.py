@@ -22,7 +22,7 @@ from serve.scheduler import Chunk
 
 
 def _empty(pair: Pair, sizes: Sizes) -> partial[Slots]:
-    drafter = None if pair.drafter is None else pair.drafter.config
+    drafter = None if pair.drafter is None or sizes.width == 1 else pair.drafter.config
     return partial(device.empty, pair.target.config, drafter, pair.target.embed.embedding.dtype, sizes)
 
 
@@ -64,6 +64,11 @@ class Programs:
         self.recurrent = any(isinstance(x, Recurrence) for x in self.state.decode.cache.layers)
         self._no_bias = np.zeros((1, pair.target.config.vocab_size), np.float32)
         self._no_mask = everything_allowed(pair.target.config.vocab_size) if self.sizes.grammar else None
+
+    @property
+    def _split(self) -> tuple[Any, Any]:
+        """The models that run: without the drafter where nothing is drafted."""
+        return self.pair.split if self.sizes.width > 1 else self.pair.split_target
 
     def clear(self) -> None:
         """Forget all requests."""
@@ -111,10 +116,9 @@ class Programs:
         for i, chunk in enumerate(chunks):
             save = self.sizes.checkpoints if chunk.save is None else chunk.save
             order[:, i] = chunk.running.slot, chunk.count, chunk.kind, save
-        split = self.pair.split if self.config.modes[1:] else self.pair.split_target
         with self.pair.on_mesh():
             self.state, news = steps.run_prefill(
-                *split, self.state, order, shape=shape, sizes=self.sizes, plan=self.config.everything
+                *self._split, self.state, order, shape=shape, sizes=self.sizes, plan=self.config.everything
             )
         return news
 
@@ -147,10 +151,9 @@ class Programs:
 
     def _rounds(self, slots: np.ndarray, plan: Plan, deltas: Sequence[tuple[int, int, int]]) -> partial[Any]:
         order = np.concatenate([slots, [plan.rounds], self._changes(deltas)]).astype(np.int32)
-        split = self.pair.split if plan.draft else self.pair.split_target
         return partial(
-            steps.rounds_for(plan.bucket), *split, self.state, order, bucket=plan.bucket,
-            sizes=self.sizes, width=plan.width, plan=plan.settings, draft=plan.draft,
+            steps.rounds_for(plan.bucket), *self._split, self.state, order, bucket=plan.bucket,
+            sizes=self.sizes, width=plan.width, plan=plan.settings,
         )  # fmt: skip
 
     def _changes(self, deltas: Sequence[tuple[int, int, int]]) -> np.ndarray:
@@ -161,10 +164,15 @@ class Programs:
     def propose(self, rows: Sequence[Running], plan: Plan) -> Drafted:
         """Draft for requests with grammars."""
         places, slots = self._placed(rows, plan)
-        split = self.pair.split if plan.draft else self.pair.split_target
         with self.pair.on_mesh():
-            proposal = masked.run_proposal(
-                *split, self.state, slots, bucket=plan.bucket, sizes=self.sizes, width=plan.width, plan=plan.settings
+            self.state, proposal = masked.run_proposal(
+                *self._split,
+                self.state,
+                slots,
+                bucket=plan.bucket,
+                sizes=self.sizes,
+                width=plan.width,
+                plan=plan.settings,
             )
         return Drafted(plan, places, slots, proposal)
 
@@ -175,10 +183,9 @@ class Programs:
         for place, mask in zip(drafted.places, masks, strict=True):
             words[place] = mask
         order = np.concatenate([drafted.slots, self._changes(deltas)]).astype(np.int32)
-        split = self.pair.split if plan.draft else self.pair.split_target
         with self.pair.on_mesh():
             self.state, news = masked.run_check(
-                *split, self.state, drafted.proposal, words, order, bucket=plan.bucket, sizes=self.sizes,
+                *self._split, self.state, drafted.proposal, words, order, bucket=plan.bucket, sizes=self.sizes,
                 width=plan.width, plan=plan.settings,
             )  # fmt: skip
         return news

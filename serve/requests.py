@@ -11,6 +11,7 @@ import numpy as np
 
 from dflash_jax.decoding.output import Generation, Output, Piece
 from dflash_jax.decoding.sampling import Sampling
+from dflash_jax.decoding.width import Text
 from dflash_jax.text import Prompt
 from serve.grammar import Grammar, Matcher
 
@@ -125,6 +126,7 @@ class Running:
     stops: np.ndarray  # ids, padded
     sampling: Sampling  # of one request, on the host
     output: Output
+    text: Text  # how often its drafts are right
     matcher: Matcher | None = None  # where the output stands in its grammar
     slot: int = -1
     pages: list[int] = field(default_factory=list)
@@ -133,7 +135,7 @@ class Running:
     cuts: tuple[int, ...] = ()  # where to keep the recurrent state
     least: int = 0  # tokens known for certain once all that is in flight has arrived
     most: int = 0  # and how many there can be
-    cold: int | None = None  # from which token on the drafter's cache has holes
+    behind: int = 0  # committed rows that the drafter has not read, when the device was last heard of
     cached: int = 0  # tokens of the prompt that were found in the prefix cache at first
     drafted: int = 0
     accepted: int = 0
@@ -156,7 +158,7 @@ class Running:
     def take_slot(self, slot: int) -> None:
         """Begin, or begin again, in a slot: everything known but the last token of an output has to be prefilled."""
         known = len(self.prompt) + len(self.output.tokens)
-        self.slot, self.least, self.most, self.cold = slot, known, known, None
+        self.slot, self.least, self.most, self.behind = slot, known, known, 0
         self.goal = known - 1 if self.output.tokens else known
 
     @property

@@ -158,7 +158,7 @@ class Scheduler:
             return
         if self.prefix is not None and not self.prefix.recurrent and r.prefilled == r.goal:
             known = len(r.prompt) + len(r.output.tokens) - 1  # the last token is not in the cache
-            full = min(known, r.cold if r.cold is not None else known) // self.page
+            full = (known - r.behind) // self.page
             self.prefix.insert(r.tokens[: full * self.page], r.pages[:full])
         self.slots[r.slot] = None
         self.pages.release(r.pages)

@@ -20,7 +20,7 @@ from dflash_jax.decoding.proposal import plain_proposal
 from dflash_jax.decoding.round import DecodeState, decode_round, emit, mask_of
 from dflash_jax.decoding.run import MANY, MANY_PRODUCTS, PRODUCTS
 from dflash_jax.decoding.sampling import SamplingPlan
-from serve.batch import put_back, taken
+from serve.batch import caught_up, put_back, taken
 from serve.device import LAST, RESUMED, Sizes, Slots
 from serve.news import news_row
 
@@ -49,7 +49,6 @@ def run_rounds(
     sizes: Sizes,
     width: int,
     plan: SamplingPlan,
-    draft: bool,
 ) -> tuple[Slots, Int[Array, "B n"]]:
     """Rounds of some slots in one dispatch, up to the one in which a request ends, and the news of them.
 
@@ -59,8 +58,8 @@ def run_rounds(
     target, drafter = nnx.merge(graph, weights)
     slots, rounds, deltas = order[:bucket], order[bucket], order[bucket + 1 :]
     state = with_pages(state, deltas)
-    part, sampling, there = taken(state, slots, plan, width, sizes.rounds, draft, bucket == sizes.slots)
-    before = part.known
+    part, sampling, there = taken(state, slots, plan, width, sizes.rounds, bucket == sizes.slots)
+    part, before = caught_up(part, drafter, width, sizes.rounds), part.known
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         done, now = carry
@@ -68,7 +67,7 @@ def run_rounds(
         return (done < rounds) & ~jnp.all(now.finished) & ((done == 0) | ~jnp.any(now.finished & there))
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        return carry[0] + 1, decode_round(target, drafter if draft else None, carry[1], sampling, width)
+        return carry[0] + 1, decode_round(target, drafter, carry[1], sampling, width)
 
     part = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), part))[1]
     state = put_back(state, part, slots, there, sizes.width, bucket == sizes.slots)
@@ -78,7 +77,7 @@ def run_rounds(
 _jitted: Any = partial(
     jax.jit,
     run_rounds,
-    static_argnames=("graph", "bucket", "sizes", "width", "plan", "draft"),
+    static_argnames=("graph", "bucket", "sizes", "width", "plan"),
     donate_argnames=("state",),
 )
 _of_few, _of_many = _jitted(compiler_options=PRODUCTS), _jitted(compiler_options=MANY_PRODUCTS)
@@ -107,7 +106,7 @@ def run_prefill(
     """
     target, drafter = nnx.merge(graph, weights)
     slots, count, kind, save = order
-    part, sampling, there = taken(state, slots, plan, sizes.width, 0, True, False)
+    part, sampling, there = taken(state, slots, plan, sizes.width, 0, False)
     at = part.cache.lengths[:, None] + jnp.arange(shape[1])
     rows = jnp.take_along_axis(part.tokens, at, axis=1, mode="clip")
     cache, draft_cache, end = prefill_rows(target, drafter, rows, count, part.cache, part.draft_cache)

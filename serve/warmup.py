@@ -47,6 +47,7 @@ def warm_up(programs: Programs, controller: WidthController, progress: Progress 
         costs = _costs(programs, bucket)
         for settings in config.plans:
             controller.assume_costs((settings, bucket), costs)
+        controller.assume_costs(config.masked(bucket, 1).load, costs)
     programs.clear()
 
 
@@ -68,8 +69,8 @@ def idle_rounds(config: Resolved) -> Iterator[Plan]:
     """All kinds of rounds that there are programs for."""
     for bucket in config.buckets:
         for settings in config.plans:
-            for width, draft in config.modes:
-                yield Plan(bucket, settings, width, draft, 1, 0)
+            for width in config.compiled:
+                yield Plan(bucket, settings, width, 1, 0)
 
 
 def _others(programs: Programs) -> Iterator[Callable[[], Any]]:
@@ -79,7 +80,8 @@ def _others(programs: Programs) -> Iterator[Callable[[], Any]]:
     for shape in config.prefill:
         yield partial(programs.prefill, shape, ())
     for bucket in config.buckets if config.sizes.grammar else ():
-        yield partial(_check_nothing, programs, config.masked(bucket))
+        for width in config.masked_widths:
+            yield partial(_check_nothing, programs, config.masked(bucket, width))
 
 
 def _admit_nobody(programs: Programs) -> None:
@@ -96,10 +98,8 @@ def _costs(programs: Programs, bucket: int) -> dict[int, float]:
     """Seconds a round by width, of requests that have just begun."""
     config, slots = programs.config, np.arange(bucket, dtype=np.int32)
     costs: dict[int, float] = {}
-    for width, draft in config.modes:
-        if (width, True) in config.modes and not draft:
-            continue
-        plan = Plan(bucket, config.plans[0], width, draft, TIMED_ROUNDS, 0)
+    for width in config.compiled:
+        plan = Plan(bucket, config.plans[0], width, TIMED_ROUNDS, 0)
         times = []
         for _ in range(TIMED_RUNS):
             programs.state = jax.block_until_ready(_begun(programs.state))

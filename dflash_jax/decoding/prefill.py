@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from dflash_jax.cache import DrafterCache, TargetCache
 from dflash_jax.decoding.acceptance import decide
 from dflash_jax.decoding.logprobs import Logprobs
+from dflash_jax.decoding.observe import BACKLOG, observe
 from dflash_jax.decoding.proposal import plain_proposal
 from dflash_jax.decoding.round import DecodeState, emit, mask_of
 from dflash_jax.decoding.sampling import History, Sampling, SamplingPlan
@@ -32,7 +33,7 @@ def capacity(longest: int) -> int:
     return size
 
 
-@partial(jax.jit, static_argnames=("graph", "width", "chunk"))
+@partial(jax.jit, static_argnames=("graph", "width", "chunk", "adaptive"))
 def prefill(
     graph: nnx.GraphDef,
     weights: nnx.State,
@@ -43,16 +44,19 @@ def prefill(
     sampling: Sampling | None,
     width: int,
     chunk: int,
+    adaptive: bool = False,
 ) -> DecodeState:
     """Run the prompts through target and drafter, `chunk` rows a pass, and draw the first token.
 
-    S is the capacity, at least `chunk`; `width` is the number of rows of the rounds to come.
+    S is the capacity, at least `chunk`; `width` is the number of rows of the rounds to come, the most of them where
+    that is `adaptive`.
     """
     target, drafter = nnx.merge(graph, weights)
     B, S = prompts.shape
     dtype = target.embed.embedding.dtype
     cache = TargetCache.empty(target.config, B, S, width, dtype)
-    draft_cache = None if drafter is None else DrafterCache.empty(drafter.config, B, S, dtype)
+    backlog = (B, BACKLOG) if adaptive else None
+    draft_cache = None if drafter is None else DrafterCache.empty(drafter.config, B, S, dtype, backlog)
     last = jnp.zeros((B, target.config.hidden_size), dtype)
     chunks = (jnp.max(lengths) + chunk - 1) // chunk
     run = partial(_chunk, target, drafter, prompts, lengths, chunk)
@@ -103,7 +107,6 @@ def prefill_rows(
     taps = () if drafter is None else drafter.config.tap_ids
     out, new = target.prefill(rows, count, cache, tap_ids=taps)
     if drafter is not None and draft_cache is not None:
-        context = drafter.context(out.taps, cache.lengths)
-        draft_cache = draft_cache.commit(context, cache.lengths, count, cache.page_table)
+        draft_cache = observe(drafter, draft_cache, out.taps, cache.lengths, count, cache.page_table)
     end = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return new, draft_cache, end

@@ -10,6 +10,7 @@ from dflash_jax.cache import DrafterCache, TargetCache
 from dflash_jax.decoding.acceptance import Accepted, decide
 from dflash_jax.decoding.logprobs import Logprobs, RowLogprobs
 from dflash_jax.decoding.masks import TokenMask
+from dflash_jax.decoding.observe import observe_round
 from dflash_jax.decoding.proposal import Proposal, plain_proposal, propose
 from dflash_jax.decoding.sampling import History, Sampling
 from dflash_jax.models.drafter import Drafter
@@ -101,8 +102,7 @@ def commit(
     count = jnp.where(running, accepted.count, 0)
     draft_cache = state.draft_cache
     if drafter is not None and draft_cache is not None:
-        context = drafter.context(forward.taps, state.cache.lengths)
-        draft_cache = draft_cache.commit(context, state.cache.lengths, count, state.cache.page_table)
+        draft_cache = observe_round(drafter, draft_cache, forward.taps, state.cache, count)
     this_round = (jnp.arange(state.counts.shape[1]) == state.rounds[:, None]) & running[:, None]
     state = replace(
         state,

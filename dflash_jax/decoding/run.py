@@ -13,11 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from dflash_jax.decoding.checks import check_min_tokens, check_width, split_stops
+from dflash_jax.decoding.observe import catch_up
 from dflash_jax.decoding.output import Output
 from dflash_jax.decoding.prefill import capacity, chunk_size, prefill
 from dflash_jax.decoding.round import DecodeState, decode_round
 from dflash_jax.decoding.sampling import Sampling
-from dflash_jax.decoding.width import Width
+from dflash_jax.decoding.width import MOST_ROUNDS, Width
 from dflash_jax.errors import InputError
 from dflash_jax.pair import Pair
 from dflash_jax.text import Prompt
@@ -50,7 +51,8 @@ def run_rounds(
     """
     target, drafter = nnx.merge(graph, weights)
     rows = state.cache.rows
-    state = replace(state, cache=state.cache.fitted(width))
+    draft_cache = catch_up(drafter, state.draft_cache, state.cache, ~state.finished, width, MOST_ROUNDS)
+    state = replace(state, cache=state.cache.fitted(width), draft_cache=draft_cache)
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         return (carry[0] < rounds) & ~jnp.all(carry[1].finished)
@@ -114,14 +116,15 @@ class Run:
         inputs[2][len(ids) :] = 0  # spare rows are finished before they start
         *self.inputs, self.sampling = pair.put(inputs)
         self.load = (*tokens.shape, packed.plan)
-        if self.pace is not None and not self.pace.drafts(self.load):
-            self.width, self.pace = 1, None
+        self.texts = [] if self.pace is None else self.pace.texts(len(ids))
         self.graph, self.weights = pair.split if self.width > 1 else pair.split_target
 
     def dispatches(self, rounds: Iterator[int]) -> Iterator[None]:
         """Prefill, then dispatches of rounds until all is finished; the host sees the output after each."""
         with self.pair.on_mesh():
-            state = prefill(self.graph, self.weights, *self.inputs, self.sampling, self.width, self.chunk)
+            state = prefill(
+                self.graph, self.weights, *self.inputs, self.sampling, self.width, self.chunk, self.pace is not None
+            )
         done = self._look(state)
         yield
         while not done:
@@ -130,9 +133,10 @@ class Run:
 
     def _advance(self, state: DecodeState, rounds: int) -> tuple[DecodeState, bool]:
         """One dispatch, of at most so many rounds: (what it left, whether all is finished)."""
-        width = self.width
+        width, running = self.width, [i for i, ended in enumerate(self.ended) if not ended]
+        texts = [self.texts[i] for i in running] if self.pace is not None else []
         if self.pace is not None:
-            width, most = self.pace.next(self.load)
+            width, most = self.pace.next(self.load, texts)
             rounds = min(rounds, most)
         began, seen = time.perf_counter(), [len(output.counts) for output in self.outputs]
         count = jax.device_put(np.int32(rounds))
@@ -141,8 +145,8 @@ class Run:
             state = run(self.graph, self.weights, state, self.sampling, count, width)
         done = self._look(state)
         if self.pace is not None:
-            counts = [output.counts[n:] for output, n in zip(self.outputs, seen, strict=True)]
-            self.pace.saw(self.load, width, counts, time.perf_counter() - began)
+            counts = [self.outputs[i].counts[seen[i] :] for i in running]
+            self.pace.saw(self.load, width, texts, counts, time.perf_counter() - began)
         return state, done
 
     def _look(self, state: DecodeState) -> bool:
@@ -153,7 +157,9 @@ class Run:
         for i, output in enumerate(self.outputs):
             own = None if found is None else (found.own[i], found.top[i], found.ids[i])
             output.update(tokens[i, : known[i]], counts[i, : rounds[i]], own)
-        return all(f or o.transcript.stopped for f, o in zip(finished[: len(self.outputs)], self.outputs, strict=True))
+        ends = zip(finished[: len(self.outputs)], self.outputs, strict=True)
+        self.ended = [bool(end) or output.transcript.stopped for end, output in ends]
+        return all(self.ended)
 
 
 def _with_spare(x: Any, spare: int) -> np.ndarray:

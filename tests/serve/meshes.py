@@ -99,7 +99,7 @@ def together(pair: Pair, port: int) -> dict:
     else:
         engine.follow()
     engines.check_idle(engine)
-    counted = dataclasses.asdict(engine.stats) | {"acceptance": engine.controller.acceptance}
+    counted = dataclasses.asdict(engine.stats) | {"acceptance": engine.controller.free.acceptance}
     return {"tokens": tokens, "counted": {name: str(value) for name, value in counted.items()}}
 
 

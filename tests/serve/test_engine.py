@@ -4,13 +4,10 @@ import logging
 import re
 import threading
 import time
-from types import SimpleNamespace
 
 import jax
 import pytest
 
-from dflash_jax.decoding.sampling import SamplingPlan
-from dflash_jax.decoding.width import WidthController
 from dflash_jax.errors import InputError
 from serve.engine import Engine
 from serve.requests import Request
@@ -279,22 +276,6 @@ def test_bad_requests_are_refused_at_once(engine, request_, message):
     with pytest.raises(InputError, match=message):
         engine.submit(request_)
     engines.check_idle(engine)
-
-
-@pytest.mark.parametrize("good", [True, False])
-def test_the_drafters_cache_is_given_up_where_plain_decoding_is_best(engine, monkeypatch, good):
-    """And kept up in a mere trial of it: else the requests that are there would draft no more."""
-    controller, plans = WidthController([1, 4]), []
-    monkeypatch.setattr(engine._dispatcher, "controller", controller)
-    rows = [SimpleNamespace(cold=None, most=0, sampling=SimpleNamespace(plan=SamplingPlan()))]
-    for _ in range(300):
-        plan, _ = engine._dispatcher._plans(rows)
-        controller.observe_counts(plan.width, [[plan.width if good else 1]] * 8)
-        controller.observe_cost(plan.load, plan.width, 1.0 if good else float(plan.width))
-        plans.append(plan)
-    tried = [plan for plan in plans[100:] if plan.width == (1 if good else 4)]
-    assert 0 < len(tried) < 10 and all(plan.draft for plan in tried)
-    assert {plan.draft for plan in plans[100:] if plan not in tried} == {good}
 
 
 def test_a_close_while_a_turn_begins_is_seen(monkeypatch):

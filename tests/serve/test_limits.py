@@ -121,4 +121,4 @@ def test_too_many_requests_are_sent_away(pair):
 
 def test_defaults_fit_any_pair():
     config = resolve(pairs.pair("qwen3", None), EngineConfig())
-    assert (config.widths, config.buckets, config.modes) == ((1,), (1, 4, 8, 16), [(1, False)])
+    assert (config.widths, config.buckets, config.compiled) == ((1,), (1, 4, 8, 16), (1,))

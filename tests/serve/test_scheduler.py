@@ -16,7 +16,7 @@ def running(order: int, left: int) -> Running:
     """A request in a slot, with so many tokens left to prefill."""
     unused: Any = None
     output: Any = SimpleNamespace(tokens=[])
-    r = Running(unused, order, [0] * 50, 60, unused, unused, output, slot=order)
+    r = Running(unused, order, [0] * 50, 60, unused, unused, output, unused, slot=order)
     r.goal, r.prefilled = 50, 50 - left
     return r
 
