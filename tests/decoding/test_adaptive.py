@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dflash_jax.decoding.generate import generate, stream
-from dflash_jax.decoding.width import PLAIN_CALLS, ROUNDS, TRIAL, Pace, usual_widths
+from dflash_jax.decoding.width import FEW_ROUNDS, MOST_ROUNDS, TRIALS_SHARE, Pace, usual_widths
 from dflash_jax.errors import InputError
 from tests.decoding import pairs
 
@@ -23,10 +23,10 @@ class Scripted(Pace):
         super().__init__(widths)
         self.turns, self.seen = cycle(widths), []
 
-    def next(self, load):
+    def next(self, load, texts):
         return next(self.turns), 3
 
-    def saw(self, load, width, counts, seconds):
+    def saw(self, load, width, texts, counts, seconds):
         self.seen.append((width, counts))
 
 
@@ -37,10 +37,10 @@ class Clock(Pace):
         super().__init__(list(costs))
         self.costs, self.taken = costs, []
 
-    def saw(self, load, width, counts, seconds):
+    def saw(self, load, width, texts, counts, seconds):
         rounds = max(map(len, counts))
         self.taken.append((width, rounds))
-        super().saw(load, width, counts, rounds * self.costs[width])
+        super().saw(load, width, texts, counts, rounds * self.costs[width])
 
 
 def with_pace(family, pace):
@@ -74,7 +74,7 @@ def test_a_stream_takes_the_widths_too():
     assert {width for width, _ in pace.seen} == {1, 4}
 
 
-@pytest.mark.parametrize(("costs", "best"), [({1: 1.0, 2: 9.0, 4: 20.0}, 1), ({1: 1.0, 2: 1.01, 4: 1.02}, 4)])
+@pytest.mark.parametrize(("costs", "best"), [({1: 1.0, 2: 9.0, 4: 20.0}, 1), ({1: 1.0, 2: 1.3, 4: 1.02}, 4)])
 def test_the_width_that_pays_is_taken(costs, best):
     pace = Clock(costs)
     pair = with_pace("qwen3_5_moe", pace)
@@ -82,33 +82,34 @@ def test_the_width_that_pays_is_taken(costs, best):
         generate(pair, PROMPTS, max_new_tokens=NEW, width="adaptive")
     first = [next(rounds for width, rounds in pace.taken if width == w) for w in costs]
     assert first == [1, 1, 1]  # it may have compiled
-    assert {rounds for _, rounds in pace.taken} <= set(range(1, ROUNDS + 1))
+    assert {rounds for _, rounds in pace.taken} <= set(range(1, MOST_ROUNDS + 1))
     later = pace.taken[len(pace.taken) // 2 :]
     assert sum(rounds for width, rounds in later if width == best) > 0.8 * sum(rounds for _, rounds in later)
 
 
 def test_the_first_dispatch_of_a_width_is_not_timed():
     pace, taken = Pace([1, 4]), []
+    texts = pace.texts(1)
     for _ in range(12):
-        width, rounds = pace.next("load")
+        width, rounds = pace.next("load", texts)
         compiling = 100 if width == 4 and (4, 1) not in taken else 0
-        pace.saw("load", width, [[width] * rounds], rounds * width**0.5 + compiling)
+        pace.saw("load", width, texts, [[width] * rounds], rounds * width**0.5 + compiling)
         taken.append((width, rounds))
     assert taken.count((1, 1)) == taken.count((4, 1)) == 1
-    assert taken.count((1, TRIAL)) > 0 and taken.count((4, ROUNDS)) > 6
-    assert pace.next("another load") == (1, 1)
+    assert taken.count((4, FEW_ROUNDS)) > 0 and taken.count((4, MOST_ROUNDS)) > 6
+    assert pace.next("another load", texts)[1] == 1
 
 
-def test_where_drafts_are_worth_nothing_most_calls_leave_the_drafter_out():
-    pace, seen = Clock({1: 1.0, 2: 9.0, 4: 20.0}), []
+def test_drafts_that_are_worth_nothing_take_a_small_share_of_the_time():
+    pace = Clock({1: 1.0, 2: 9.0, 4: 20.0})
     pair = with_pace("qwen3_5_moe", pace)
     expected = generate(pair, PROMPTS, max_new_tokens=NEW, draft=False)
-    for _ in range(60):
-        before = len(pace.taken)
+    for _ in range(40):
         found = generate(pair, PROMPTS, max_new_tokens=NEW, width="adaptive")
         assert [g.tokens for g in found] == [g.tokens for g in expected]
-        seen.append(len(pace.taken) > before)
-    assert all(seen[:4]) and seen[-4 * PLAIN_CALLS :].count(True) == 4
+    later = pace.taken[len(pace.taken) // 2 :]  # the first trials need not have been saved for
+    spent = sum(rounds * pace.costs[width] for width, rounds in later if width > 1)
+    assert 0 < spent < 1.5 * TRIALS_SHARE * sum(rounds * pace.costs[width] for width, rounds in later)
 
 
 def test_usual_widths():

@@ -59,9 +59,7 @@ def test_it_finds_the_best_width(costs, acceptance, best):
     assert np.mean(np.array(widths[len(widths) // 4 :]) == best) > 0.85
 
 
-@pytest.mark.parametrize(
-    ("costs", "all_of_them", "each"), [(FLAT, 0.97, 0.97), (CPU, 0.93, 0.92), (STEEP, 0.91, 0.85)]
-)
+@pytest.mark.parametrize(("costs", "all_of_them", "each"), [(FLAT, 0.97, 0.97), (CPU, 0.93, 0.92), (STEEP, 0.91, 0.85)])
 def test_texts_whose_drafts_are_worth_nothing_lose_little(costs, all_of_them, each):
     controller = controller_of(costs)
     texts = [decode(controller, 0.0, costs, seed=seed) for seed in range(40)]
