@@ -12,6 +12,7 @@ from serve.config import Resolved
 from serve.device import LAST
 from serve.dispatch import Batch, Flight
 from serve.news import News, news_of
+from serve.passes import PassCosts
 from serve.requests import Running
 from serve.stats import Stats
 
@@ -27,6 +28,7 @@ class Collector:
         end: Callable[[Running, str | Exception | None], None],
     ):
         self.config, self.controller, self.stats, self._end = config, controller, stats, end
+        self._pass_costs = PassCosts(controller)
         self._last = 0.0  # when the news before these were there
         self.ended = False  # whether a request came to its end with the last news
 
@@ -36,16 +38,16 @@ class Collector:
         now = time.perf_counter()
         self.stats.host_syncs += 1
         self.ended = False
-        if flight.first is not None:
-            for row, chunk in zip(first, flight.chunks, strict=False):
+        seconds = now - max(self._last, flight.since)
+        if flight.over is not None:
+            self._pass_costs.observe(flight.over.shape, flight.over.before, seconds)
+            for row, chunk in zip(first, flight.over.chunks, strict=False):
                 self.stats.prefill_tokens += chunk.count
                 if chunk.kind == LAST and not chunk.running.done:
                     said = news_of(row, 0, 1, self.config.everything.logprobs)
                     self._take(chunk.running, said, expected=(1, 1), width=1)
-        alone = not flight.chunks and len(flight.batches) == 1
         for batch, rows in zip(flight.batches, news, strict=True):
-            seconds = now - max(self._last, flight.since) if alone else None
-            self._take_batch(batch, rows, seconds)
+            self._take_batch(batch, rows, seconds if len(flight.batches) == 1 else None)
         self._last = now
 
     def _take_batch(self, batch: Batch, news: np.ndarray, seconds: float | None) -> None:

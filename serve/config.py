@@ -49,7 +49,7 @@ class EngineConfig:
     rounds: int = 8  # most rounds a dispatch
     rounds_while_filling: int = 2  # most while more prompts wait than have had their turn
     dispatch_ms: float = 25.0  # that a dispatch's rounds should take at most while prompts wait, or slots are free
-    passes: int = 4  # most over prompts between two dispatches of rounds
+    pass_ms: float = 250.0  # that a pass over prompts should take at most, where a narrower one does
     prefill: tuple[tuple[int, int], ...] | None = None  # (prompts, tokens of each) a pass; None: see `PREFILL`
     plans: tuple[SamplingPlan, ...] = (GREEDY, DRAWN, EVERYTHING)  # a dispatch takes the first that does for all
     logprobs: int = 0  # most likely tokens that a request may ask to be named beside each of its own; 0: no logprobs
@@ -83,7 +83,7 @@ class Resolved:
     adaptive: bool
     rounds_while_filling: int
     dispatch_ms: float
-    passes: int
+    pass_ms: float
     prefill: tuple[tuple[int, int], ...]
     plans: tuple[SamplingPlan, ...]
     prefix_cache: bool
@@ -141,12 +141,13 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     kind: Any = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     page_size = PAGE[kind] if c.page_size is None else c.page_size
     prefill = PREFILL[kind] if c.prefill is None else c.prefill
-    counts = {name: getattr(c, name) for name in ("slots", "rounds", "rounds_while_filling", "passes")}
+    counts = {name: getattr(c, name) for name in ("slots", "rounds", "rounds_while_filling")}
     for name, value in (counts | {"page_size": page_size}).items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise InputError(f"{name} is {value!r}; give a whole number of at least 1")
-    if not c.dispatch_ms > 0:
-        raise InputError(f"dispatch_ms is {c.dispatch_ms!r}; give milliseconds above 0")
+    for name, value in (("dispatch_ms", c.dispatch_ms), ("pass_ms", c.pass_ms)):
+        if not value > 0:
+            raise InputError(f"{name} is {value!r}; give milliseconds above 0")
     longest = pair.target.config.max_position or 4096
     length = longest if c.max_length is None else c.max_length
     if not 2 <= length <= longest:
@@ -175,8 +176,8 @@ def resolve(pair: Pair, c: EngineConfig) -> Resolved:
     if sizes.pages < least + 1:
         raise InputError(f"there are {sizes.pages} pages of {page_size}; give at least {least + 1}: max_length and one")
     made = Resolved(
-        sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling, c.dispatch_ms,
-        c.passes, tuple(sorted(prefill, key=lambda s: (s[1], s[0]))), plans, c.prefix_cache, c.max_requests, c.logprobs,
+        sizes, buckets, widths, c.adaptive and len(widths) > 1, c.rounds_while_filling, c.dispatch_ms, c.pass_ms,
+        tuple(sorted(prefill, key=lambda s: (s[1], s[0]))), plans, c.prefix_cache, c.max_requests, c.logprobs,
     )  # fmt: skip
     if not c.logprobs:
         return made

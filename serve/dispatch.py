@@ -1,5 +1,6 @@
 """What runs next: prompts into slots, chunks of them, and rounds of all that decode."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Hashable
@@ -10,9 +11,10 @@ import jax
 
 from dflash_jax.decoding.width import Group, Text, WidthController
 from serve.config import Plan, Resolved
+from serve.passes import PassCosts
 from serve.programs import Drafted, Programs
 from serve.requests import Running
-from serve.scheduler import Chunk, Scheduler
+from serve.scheduler import Pass, Scheduler
 from serve.stats import Stats
 
 
@@ -31,8 +33,8 @@ class Flight:
     """One step's programs on the device."""
 
     since: float
-    chunks: list[Chunk] = field(default_factory=list)
-    first: jax.Array | None = None  # news of the chunks
+    over: Pass | None = None  # prompts
+    first: jax.Array | None = None  # news of that pass
     batches: list[Batch] = field(default_factory=list)
 
 
@@ -54,7 +56,8 @@ class Dispatcher:
         self.config, self.scheduler, self.programs = config, scheduler, programs
         self.controller, self.stats = controller, stats
         drafter = programs.pair.drafter if len(config.widths) > 1 else None
-        self._passes = 0  # over prompts, since the last rounds
+        self._pass_costs = PassCosts(controller)
+        self._passed = 0.0  # seconds of passes over prompts since the last rounds
         self._last_draft = 0 if drafter is None else (drafter.config.max_position or sys.maxsize)
 
     @property
@@ -68,12 +71,10 @@ class Dispatcher:
             self.programs.admit(*admitted)
             self.stats.admitted(admitted[0])
         flight = Flight(time.perf_counter())
-        if (prefill := self.scheduler.chunks(self.config.prefill)) is not None:
-            flight.chunks = prefill[1]
-            flight.first = self.programs.prefill(*prefill)
-            if self._filling():
-                return flight
-        more = more or bool(flight.chunks)
+        if (over := self._next_pass()) is not None:
+            flight.over, flight.first = over, self.programs.prefill(over.shape, over.chunks)
+            return flight
+        self._passed = 0.0
         masked = self._reserve(self._masked_rows, self._masked_plans, more)
         drafted = None if masked is None else self.programs.propose(masked.rows, masked.plan)
         # While the host finds out what may follow the drafts, the device runs the others.
@@ -85,15 +86,21 @@ class Dispatcher:
                 flight.batches.append(self._started(free, places, news))
         if masked is not None and drafted is not None:
             flight.batches.append(self._started(masked, drafted.places, self._check(masked, drafted)))
-        return flight if flight.chunks or flight.batches else None
+        return flight if flight.batches else None
 
-    def _filling(self) -> bool:
-        """Whether more prompts come before the next rounds: these cost the same, however few of the slots decode."""
-        self._passes += 1
-        more = self._passes < self.config.passes and any(r.waits_for_prefill for r in self.scheduler.running)
-        if not more:
-            self._passes = 0
-        return more
+    def _next_pass(self) -> Pass | None:
+        """Return a pass over prompts, if one comes next: some may before rounds, which cost the same for few slots."""
+        if self._passed >= self.config.dispatch_ms / 1e3 and any(r.decoding for r in self.scheduler.running):
+            return None
+        over = self.scheduler.chunks(self.config.prefill, self._quick)
+        if over is not None:
+            seconds = self._pass_costs.seconds(over.shape, over.before)
+            self._passed += math.inf if seconds is None else seconds
+        return over
+
+    def _quick(self, shape: tuple[int, int], before: int) -> bool:
+        seconds = self._pass_costs.seconds(shape, before)
+        return seconds is None or seconds <= self.config.pass_ms / 1e3
 
     def _reserve(
         self, rows_now: Callable[[], list[Running]], plans: Callable[[list[Running]], tuple[Plan, ...]], more: bool

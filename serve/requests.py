@@ -132,6 +132,7 @@ class Running:
     pages: list[int] = field(default_factory=list)
     goal: int = 0  # tokens to prefill
     prefilled: int = 0  # of these, dispatched or cached
+    passed: int = 0  # passes since its last one in which a prompt that came later went first
     cuts: tuple[int, ...] = ()  # where to keep the recurrent state
     least: int = 0  # tokens known for certain once all that is in flight has arrived
     most: int = 0  # and how many there can be
@@ -158,7 +159,7 @@ class Running:
     def take_slot(self, slot: int) -> None:
         """Begin, or begin again, in a slot: everything known but the last token of an output has to be prefilled."""
         known = len(self.prompt) + len(self.output.tokens)
-        self.slot, self.least, self.most, self.behind = slot, known, known, 0
+        self.slot, self.least, self.most, self.behind, self.passed = slot, known, known, 0, 0
         self.goal = known - 1 if self.output.tokens else known
 
     @property

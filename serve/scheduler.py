@@ -1,20 +1,22 @@
 """Who gets slots and pages, in what order: all on the host, and nothing of it waits for the device.
 
-Requests are served in the order of arrival; but those with a prompt that is being prefilled for another, as the choices
-of one call have, wait until they can find it in the prefix cache. A request is admitted when there are pages for its
-prompt and its first dispatch; later ones are reserved before each dispatch, for every token that may come of it. Where
-they run out, the request that came last gives its own back and is run again later, from its prompt and what it has said
-so far.
+Requests get slots in the order of arrival; but those with a prompt that is being prefilled for another, as the choices
+of one call have, wait until they can find it in the prefix cache. Passes over prompts take short ones first. A request
+is admitted when there are pages for its prompt and its first dispatch; later ones are reserved before each dispatch,
+for every token that may come of it. Where they run out, the request that came last gives its own back and is run again
+later, from its prompt and what it has said so far.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from serve.device import LAST, MIDDLE, RESUMED
 from serve.pages import Pages
 from serve.prefix import PrefixCache
 from serve.requests import Running
+
+TURNS = 4  # passes in which shorter prompts that came later may go before one
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,20 @@ class Chunk:
     count: int
     kind: int  # MIDDLE, LAST or RESUMED
     save: int | None  # where to keep the recurrent state behind it
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over some prompts."""
+
+    shape: tuple[int, int]  # prompts, tokens of each
+    before: int  # most tokens of a prompt before its rows
+    chunks: list[Chunk]
+
+
+def _turn(r: Running) -> tuple[int, int, int]:
+    """Return what prompts are sorted by."""
+    return -max(0, r.passed - TURNS + 1), r.goal - r.prefilled, r.order
 
 
 class Scheduler:
@@ -93,21 +109,36 @@ class Scheduler:
             return False
         return any(r.cached < last and r.prompt == new.prompt for r in filling)
 
-    def chunks(self, shapes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], list[Chunk]] | None:
-        """The next prefill and its shape, one of `shapes`: (prompts, tokens of each), small ones first.
+    def chunks(
+        self, shapes: Sequence[tuple[int, int]], quick: Callable[[tuple[int, int], int], bool] = lambda *_: True
+    ) -> Pass | None:
+        """Return the next pass over prompts, in one of `shapes`: (prompts, tokens of each), small ones first.
 
-        It is as wide as the first prompt needs. Those come along that then take a pass less.
+        The prompt with the least left comes first, but for one that later ones went before too often. The pass is as
+        wide as that prompt needs. Those come along that then take a pass less.
+
+        Args:
+            shapes: that there are programs for.
+            quick: whether a pass of a shape, behind so many tokens, is short enough; the narrowest always is.
         """
-        pending = [r for r in self.running if r.waits_for_prefill]
+        pending = sorted((r for r in self.running if r.waits_for_prefill), key=_turn)
         if not pending:
             return None
-        widest = shapes[-1][1]
+        first, widths = pending[0], sorted({tokens for _, tokens in shapes})
+        while len(widths) > 1 and not quick((1, widths[-1]), first.prefilled):
+            widths.pop()
         left = [self._next_stop(r) - r.prefilled for r in pending]
-        tokens = next((tokens for _, tokens in shapes if tokens >= left[0]), widest)
-        chosen = [pending[0], *(r for r, n in zip(pending[1:], left[1:], strict=True) if (n - 1) % widest < tokens)]
+        tokens = next((tokens for tokens in widths if tokens >= left[0]), widths[-1])
+        along = (r for r, n in zip(pending[1:], left[1:], strict=True) if (n - 1) % widths[-1] < tokens)
+        chosen = [first, *along]
+        before = max(r.prefilled for r in chosen)
         alike = [shape for shape in shapes if shape[1] == tokens]
+        alike = [shape for shape in alike if quick(shape, before)] or alike[:1]
         shape = next((shape for shape in alike if shape[0] >= len(chosen)), alike[-1])
-        return shape, [self._chunk(r, tokens) for r in chosen[: shape[0]]]
+        del chosen[shape[0] :]
+        for r in pending:
+            r.passed = 0 if r in chosen else r.passed + (r.order < first.order)
+        return Pass(shape, before, [self._chunk(r, tokens) for r in chosen])
 
     def _next_stop(self, r: Running) -> int:
         return next((cut for cut in r.cuts if cut > r.prefilled), r.goal)

@@ -16,6 +16,7 @@ from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.decoding.width import WidthController
 from serve.config import Plan, Resolved
 from serve.device import STOPS, Slots
+from serve.passes import PassCosts
 from serve.programs import Programs
 
 Progress = Callable[[int, int], None]  # programs that are compiled, of how many
@@ -48,6 +49,8 @@ def warm_up(programs: Programs, controller: WidthController, progress: Progress 
         for settings in config.plans:
             controller.assume_costs((settings, bucket), costs)
         controller.assume_costs(config.masked(bucket, 1).load, costs)
+    for shape in config.prefill:
+        PassCosts(controller).assume(shape, _pass_cost(programs, shape))
     programs.clear()
 
 
@@ -108,6 +111,17 @@ def _costs(programs: Programs, bucket: int) -> dict[int, float]:
             times.append(time.perf_counter() - start)
         costs[width] = min(times) / TIMED_ROUNDS
     return costs
+
+
+def _pass_cost(programs: Programs, shape: tuple[int, int]) -> float:
+    """Return the seconds of a pass over prompts that have just begun."""
+    times = []
+    for _ in range(TIMED_RUNS):
+        jax.block_until_ready(programs.state)
+        start = time.perf_counter()
+        jax.block_until_ready(programs.prefill(shape, ()))
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 @partial(jax.jit, donate_argnames=("state",))

@@ -115,7 +115,9 @@ class WidthController:
     def __init__(self, widths: Sequence[int]):
         self.widths = sorted(set(widths))
         self.free, self.bound = (Prior(self.widths[-1] - 1) for _ in range(2))  # without a grammar, and with one
-        self.fixed: int | None = None  # a width that is used whatever is known, to measure it; nothing is learnt then
+        self.fixed: int | None = (
+            None  # a width that is used whatever is known, to measure it; no acceptance is learnt then
+        )
         self._loads: dict[Hashable, _Load] = {}
         self._saved = math.inf  # seconds that trials may take
 
@@ -138,8 +140,6 @@ class WidthController:
 
     def observe_cost(self, load: Hashable, width: int, seconds: float) -> None:
         """Take in what a round took; one outlier counts for no more than twice what was known."""
-        if self.fixed is not None:
-            return
         known = self.cost(load, width)
         state = self._load(load)
         state.cost[width] = seconds if known is None else known + COST_RATE * (min(seconds, 2 * known) - known)

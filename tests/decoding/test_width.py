@@ -182,15 +182,14 @@ def test_a_width_that_is_not_in_use_is_timed_again():
     assert 1 < taken.count(1) < 5
 
 
-def test_a_fixed_width_is_kept_and_teaches_nothing():
+def test_a_fixed_width_is_kept_and_teaches_nothing_of_drafts():
     controller = controller_of(CPU)
     controller.fixed = 4
     text = controller.text()
     before = text.expected(8)
     controller.observe_counts("load", 4, [text], [[4] * 9])
-    controller.observe_cost("load", 4, 99.0)
     assert controller.arrange([text], one_load) == [Group((0,), 4)]
-    assert (text.expected(8), controller.cost("load", 4)) == (before, CPU[4])
+    assert text.expected(8) == before
     assert controller.arrange([None], one_load) == [Group((0,), 1)]  # past the drafter's positions
 
 

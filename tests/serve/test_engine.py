@@ -10,6 +10,7 @@ import pytest
 
 from dflash_jax.errors import InputError
 from serve.engine import Engine
+from serve.passes import PassCosts
 from serve.requests import Request
 from tests.decoding import pairs
 from tests.serve import engines
@@ -78,7 +79,8 @@ def _allowed(read, x):
 
 def test_a_dispatch_is_made_before_the_news_of_the_one_before_are_read(engine, monkeypatch):
     events = []
-    rounds, collect = engine.programs.rounds, engine._collect
+    prefill, rounds, collect = engine.programs.prefill, engine.programs.rounds, engine._collect
+    monkeypatch.setattr(engine.programs, "prefill", lambda *a: events.append("d") or prefill(*a))
     monkeypatch.setattr(engine.programs, "rounds", lambda *a: events.append("d") or rounds(*a))
     monkeypatch.setattr(engine, "_collect", lambda: events.append("c") or collect())
     engines.run(engine, [Request([1, 2, 3], max_new_tokens=60)])
@@ -93,13 +95,38 @@ def test_prompts_come_before_rounds_but_not_for_long(engine, monkeypatch):
     events, prefill, rounds = [], engine.programs.prefill, engine.programs.rounds
     monkeypatch.setattr(engine.programs, "prefill", lambda *a: events.append("p") or prefill(*a))
     monkeypatch.setattr(engine.programs, "rounds", lambda rows, *a: events.append(str(len(rows))) or rounds(rows, *a))
+    monkeypatch.setattr("serve.passes.PassCosts.seconds", lambda *_: 0.007)
+    monkeypatch.setattr("serve.passes.PassCosts.observe", lambda *_: None)
     engines.run(engine, [Request(p, max_new_tokens=30) for p in pairs.prompts([12, 13, 14], seed=31)])
     assert re.fullmatch("ppp+3[0-9]*", "".join(events)), events
     events.clear()
-    engines.run(engine, [Request(p, max_new_tokens=30) for p in pairs.prompts([9, 90], seed=32)])
+    engines.run(engine, [Request(p, max_new_tokens=60) for p in pairs.prompts([9, 90], seed=32)])
     text = "".join(events)
-    assert re.match("pppp1p+[12]", text), text
-    assert max(map(len, re.findall("p+", text))) == engines.SMALL.passes
+    assert re.match("p{4}1p{4}[12]", text), text  # 25 ms
+    monkeypatch.setattr("serve.passes.PassCosts.seconds", lambda *_: 0.05)
+    events.clear()
+    engines.run(engine, [Request(p, max_new_tokens=60) for p in pairs.prompts([9, 90], seed=33)])
+    text = "".join(events)
+    assert re.match("(p1){5}p[12]", text), text
+
+
+def test_passes_become_narrow_where_wide_ones_take_long(engine, monkeypatch):
+    """And what a pass costs is learnt from passes far behind the start of a prompt."""
+    shapes, prefill = [], engine.programs.prefill
+    monkeypatch.setattr(engine.programs, "prefill", lambda *a: shapes.append(a[0]) or prefill(*a))
+    monkeypatch.setattr("serve.passes.FAR", 16)
+    costs = PassCosts(engine.controller)
+    for shape in engine.config.prefill:
+        costs.assume(shape, 0.001)
+    for _ in range(50):
+        costs.observe((1, 16), 64, 1.0)
+    assert costs.seconds((1, 16), 64) == pytest.approx(1.0, rel=0.01)
+    assert costs.seconds((2, 8), 32) == pytest.approx(0.5, rel=0.01)
+    monkeypatch.setattr(engine.controller, "observe_cost", lambda *_: None)
+    (prompt,) = pairs.prompts([80], seed=34)
+    (result,) = engines.run(engine, [Request(prompt, max_new_tokens=9)])
+    assert shapes == [(1, 16)] + [(2, 8)] * 8  # more than 250 ms from 16 tokens on
+    assert result.tokens == engines.alone(Request(prompt, max_new_tokens=9)).tokens
 
 
 def test_a_dispatch_ends_with_the_first_request_that_does(engine, monkeypatch):
