@@ -59,9 +59,15 @@ def _convolution(c: DrafterConfig, path: str, key: str) -> list[Leaf]:
 
 
 def _selector(c: DrafterConfig) -> list[Leaf]:
-    codebook = (c.vocab_size, c.selector_rank)
     return [
-        whole("selector/predecessor", "candidate_selector.predecessor_codebook.weight", codebook),
-        whole("selector/successor", "candidate_selector.successor_codebook.weight", codebook),
+        _codebook(c, "predecessor"),
+        _codebook(c, "successor"),
         *projection("selector/hidden", "candidate_selector.hidden_projection", c.hidden_size, c.selector_rank),
     ]
+
+
+def _codebook(c: DrafterConfig, name: str) -> Leaf:
+    """A codebook under its published name, or under the one with `.weight` that early exports had."""
+    published = f"candidate_selector.{name}_codebook"
+    layouts = (whole("", key, (c.vocab_size, c.selector_rank)).layouts[0] for key in (published, f"{published}.weight"))
+    return Leaf(f"selector/{name}", tuple(layouts))

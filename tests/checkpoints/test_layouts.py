@@ -56,7 +56,7 @@ def test_a_saved_drafter_has_the_published_tensors(tmp_path):
     }  # fmt: skip
     expected = {f"layers.{i}.{key}": shape for i in range(2) for key, shape in layer.items()}
     expected |= {"fc.weight": (D, 3 * D), "hidden_norm.weight": (D,), "norm.weight": (D,)}
-    expected |= {f"candidate_selector.{key}_codebook.weight": (vocab, rank) for key in ("predecessor", "successor")}
+    expected |= {f"candidate_selector.{key}_codebook": (vocab, rank) for key in ("predecessor", "successor")}
     expected["candidate_selector.hidden_projection.weight"] = (rank, D)
     assert {key: value.shape for key, value in load_file(tmp_path / "model.safetensors").items()} == expected
 
