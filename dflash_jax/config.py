@@ -150,6 +150,7 @@ class DrafterConfig:
     conv_group_size: int = 16
     selector_rank: int = 0
     selector_top_k: int = 16
+    mask_embedding: bool = False  # whether the mask token has an embedding of the drafter's own; a file beside says
 
     @property
     def is_dflash2(self) -> bool:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dflash_jax import compilation_cache
 from dflash_jax.checkpoints import load_drafter, load_target
+from dflash_jax.checkpoints.mask_embedding import FILE as MASK_EMBEDDING
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.decoding.width import Pace, usual_widths
 from dflash_jax.errors import InputError
@@ -180,7 +181,15 @@ def find_folder(name: str | Path, role: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+        patterns = [
+            "*.safetensors",
+            "*.safetensors.index.json",
+            "*.json",
+            "*.jinja",
+            "*.model",
+            "*.txt",
+            MASK_EMBEDDING,
+        ]
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:  # the hub client and its transport have many errors of their own
         reason = str(error).strip().partition("\n")[0]

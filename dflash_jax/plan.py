@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_jax.abstract import Abstract, build, read_config
+from dflash_jax.checkpoints import load_drafter_config
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.hlo import Program, Temporary
@@ -60,7 +61,8 @@ def plan(request: Request, trained: Trained | None = None) -> dict[str, Any]:
     target = TargetConfig.from_dict(read_config(request.target))
     drafter = request.drafter
     if isinstance(drafter, str | Path):
-        drafter = DrafterConfig.from_dict(read_config(drafter))
+        folder = Path(drafter)
+        drafter = load_drafter_config(folder) if folder.is_dir() else DrafterConfig.from_dict(read_config(folder))
     if drafter is not None:
         check_fit(target, drafter)
     width = _width(request, drafter)

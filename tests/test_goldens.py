@@ -22,7 +22,9 @@ GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE, RECORDED = 1e-4, 4
 
 
-@pytest.fixture(scope="module", params=["dflash_full", "dflash_sliding", "dflash2"])
+@pytest.fixture(
+    scope="module", params=["dflash_full", "dflash_sliding", "dflash2", "zlab_dflash2_names", "zlab_mask_embedding"]
+)
 def case(request):
     folder = GOLDENS / request.param
     expected = load_file(folder / "expected.safetensors")
@@ -33,13 +35,13 @@ def case(request):
 @partial(jax.jit, static_argnames="config")
 def commit(drafter, config, cache, taps, length):
     # Padding rows, as every chunk and every round has them; only the first `len(taps)` count.
-    padded = jnp.pad(taps, ((0, 16 - len(taps)), (0, 0)), constant_values=7.0)[None]
+    padded = jnp.pad(taps, ((0, 24 - len(taps)), (0, 0)), constant_values=7.0)[None]
     return cache.commit(drafter.context(padded, length), length, jnp.full(1, len(taps)))
 
 
 @jax.jit
 def draft(target, drafter, block, cache, length):
-    hidden = drafter(target.embed.embedding[...][block][None], cache, length)[:, 1:]
+    hidden = drafter(drafter.embed(target, block[None]), cache, length)[:, 1:]
     proposed = proposal.propose(target, drafter, block[:1], cache, length, None, block.shape[0])
     return hidden[0], drafter.head(target.head)(hidden)[0], proposed.tokens[0]
 

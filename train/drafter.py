@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dflash_jax.checkpoints import load_drafter
+from dflash_jax.checkpoints import load_drafter, load_drafter_config
 from dflash_jax.config import DrafterConfig
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
@@ -95,6 +95,9 @@ def train_drafter(config: DrafterTraining, setting: Setting) -> tuple[Drafter, b
     """(the drafter, whether it is trained to the end): the best one of a run that is, else as far as it is."""
     target = setting.target
     architecture = config.architecture.drafter_config(target.config, setting.mask_token)
+    if setting.start is not None:  # what that one has goes on being trained
+        begun = load_drafter_config(setting.start)
+        architecture = dataclasses.replace(architecture, mask_embedding=begun.mask_embedding)
     check_fit(target.config, architecture)
     caches = tap_caches(config, setting, architecture)
     if caches is None:

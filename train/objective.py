@@ -165,7 +165,7 @@ def draft_blocks(
         scene.tokens, scene.mask, anchors, real, scene.segments, rows=c.block_size, mask_token=c.mask_token_id
     )
     shape = blocks.inputs.shape
-    embedded = target.lookup(blocks.inputs.reshape(len(anchors), -1)).reshape(*shape, -1)
+    embedded = drafter.embed(target, blocks.inputs.reshape(len(anchors), -1)).reshape(*shape, -1)
     at = None if scene.segments is None else positions(scene.segments)
     hidden = block_hidden(
         drafter, embedded.astype(config.compute), scene.taps, anchors, blocks.starts, at, remat=config.remat

@@ -4,6 +4,7 @@ from dflash_jax.checkpoints.table import Leaf, Piece, dense_mlp, projection, who
 from dflash_jax.config import DrafterConfig
 
 PREFIXES = ("", "model.")
+MASK_EMBEDDING = "mask_embedding"  # the leaf that has a file of its own
 
 
 def drafter_table(config: DrafterConfig) -> list[Leaf]:
@@ -17,6 +18,8 @@ def drafter_table(config: DrafterConfig) -> list[Leaf]:
     ]
     for i in range(c.num_layers):
         leaves += _layer(c, f"layers/{i}", f"layers.{i}")
+    if c.mask_embedding:
+        leaves.append(whole(MASK_EMBEDDING, MASK_EMBEDDING, (dim,)))
     return leaves + _selector(c) if c.selector_rank else leaves
 
 

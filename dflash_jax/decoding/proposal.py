@@ -66,7 +66,7 @@ def propose(
     """
     config = drafter.config
     block = jnp.full((anchor.shape[0], width), config.mask_token_id, anchor.dtype).at[:, 0].set(anchor)
-    hidden = drafter(target.lookup(block), cache, lengths, page_table)[:, 1:]
+    hidden = drafter(drafter.embed(target, block), cache, lengths, page_table)[:, 1:]
     slots = 1 if drafter.selector is None else config.selector_top_k
     top = drafter.head(target.head).sample(hidden, slots=slots)
     if drafter.selector is None:

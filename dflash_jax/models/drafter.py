@@ -1,7 +1,8 @@
 """The block-diffusion drafter: DFlash (arXiv 2602.06036) and DFlash 2.
 
-It has no embedding and no head: it borrows the target's. In every layer the queries come from the block's rows only;
-keys and values come from the context (the target's taps, fused once for all layers) and from the block's rows.
+It has no embedding and no head: it borrows the target's, but for the mask token's embedding where a checkpoint brings
+that. In every layer the queries come from the block's rows only; keys and values come from the context (the target's
+taps, fused once for all layers) and from the block's rows.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dflash_jax.config import DrafterConfig
 from dflash_jax.models.attention import sharded_attention
 from dflash_jax.models.head import Head
 from dflash_jax.models.layers import MLP, RMSNorm, Rotation, linear, rotate, rotation, side_by_side
+from dflash_jax.models.target import Target
 from dflash_jax.sharding import constrain, shards
 from pallas_kernels.head_sampling import Projection
 
@@ -109,6 +111,16 @@ class Drafter(nnx.Module):
         self.layers = nnx.List([DrafterLayer(c, dtype=dtype, rngs=rngs) for _ in range(c.num_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         self.selector = Selector(c, dtype=dtype, rngs=rngs) if c.selector_rank else None
+        mask = nnx.initializers.normal(0.02)(rngs.params(), (c.hidden_size,), dtype) if c.mask_embedding else None
+        self.mask_embedding = None if mask is None else nnx.Param(mask, axes=("embed",))
+
+    def embed(self, target: Target, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return the target's embeddings of block rows, in which the mask token may have one of the drafter's own."""
+        rows = target.lookup(tokens)
+        if self.mask_embedding is None:
+            return rows
+        masked = tokens == self.config.mask_token_id
+        return jnp.where(masked[..., None], self.mask_embedding[...].astype(rows.dtype), rows)
 
     def context(
         self, taps: Float[Array, "B T CD"], lengths: Int[Array, "B"], positions: Int[Array, "B T"] | None = None
