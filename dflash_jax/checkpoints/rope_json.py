@@ -14,12 +14,14 @@ _TEXT_HARMLESS = ("mrope_section", "mrope_interleaved")
 def read_rope(
     top: Reader, head_dim: int, max_position: int, default_theta: float, default_partial: float
 ) -> RopeConfig:
-    """The rope of a model whose config.json is `top`; values in `rope_parameters` win over the older top-level ones."""
-    parameters = top.mapping("rope_parameters")
-    scaling = top.mapping("rope_scaling")
-    rope = Reader(
-        parameters or scaling, "rope_parameters of config.json" if parameters else "rope_scaling of config.json"
-    )
+    """Return the rope of a model whose config.json is `top`.
+
+    As in transformers 5, `rope_scaling` replaces `rope_parameters` where both are given, and values in either win over
+    the older top-level ones. A value that is lost in this way is refused.
+    """
+    parameters, scaling = top.mapping("rope_parameters"), top.mapping("rope_scaling")
+    name = "rope_scaling" if scaling else "rope_parameters"
+    rope = Reader(scaling or parameters, f"{name} of config.json")
     old_theta, old_partial = (
         top.number("rope_theta", default_theta),
         top.number("partial_rotary_factor", default_partial),
@@ -32,7 +34,18 @@ def read_rope(
         raise rope.error(f"rope_type is {kind!r}, supported are {', '.join(_KINDS)}")
     theta = rope.number("rope_theta", old_theta)
     dim = int(head_dim * rope.number("partial_rotary_factor", old_partial))
-    original = old_original or rope.get("original_max_position_embeddings", None) or max_position
+    original = rope.get("original_max_position_embeddings", None) or max_position
+    used = {"rope_theta": theta, "partial_rotary_factor": dim / head_dim}
+    for key, value in used.items() if scaling else ():
+        if parameters.get(key, value) != value:
+            raise rope.error(
+                f"{key} {value} counts, and rope_parameters says {parameters[key]}; write the right one there"
+            )
+    if kind in ("llama3", "yarn") and old_original not in (None, original):
+        raise rope.error(
+            f"original_max_position_embeddings {original} counts, and the top level says {old_original}; "
+            f"write the right one into {name}"
+        )
     config = RopeConfig(theta=theta, dim=dim, **_scaling_values(rope, kind, int(original), max_position))
     rope.finish()
     if not 0 < dim <= head_dim or dim % 2:

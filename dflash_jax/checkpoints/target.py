@@ -1,17 +1,22 @@
 """Loading and saving a target."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dflash_jax.checkpoints.fill import default_dtype, fill, without_prefix
-from dflash_jax.checkpoints.safetensors_file import open_folder
+from dflash_jax.checkpoints.safetensors_file import Stored, open_folder
 from dflash_jax.checkpoints.target_table import PREFIXES, target_table
 from dflash_jax.checkpoints.write import SHARD_BYTES, write
 from dflash_jax.config import TargetConfig, load_config
 from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
+
+_PART = 2**22  # elements that are compared at a time
 
 
 def load_target(
@@ -30,11 +35,21 @@ def load_target(
     folder = Path(folder)
     config = TargetConfig.from_dict(load_config(folder))
     tensors = without_prefix(folder, open_folder(folder), PREFIXES, "embed_tokens.weight")
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # a copy of the embedding, which some writers store
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        if _same(tensors["lm_head.weight"], tensors["embed_tokens.weight"]):
+            del tensors["lm_head.weight"]  # a copy, which some writers store
+        else:  # merged and fine-tuned models have a head of their own, whatever config.json says
+            config = replace(config, tie_word_embeddings=False)
     dtype = default_dtype(dtype, tensors["embed_tokens.weight"])
     model = shapes_of(lambda rngs: Target(config, dtype=dtype, rngs=rngs))
     return config, fill(folder, model, target_table(config), tensors, mesh)
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    """Return whether two tensors hold the same values; reads no further than to the first that differ."""
+    count = math.prod(one.shape)
+    parts = ((first, min(_PART, count - first)) for first in range(0, count, _PART))
+    return one.shape == other.shape and all(np.array_equal(one.read(*part), other.read(*part)) for part in parts)
 
 
 def save_target(

@@ -7,7 +7,7 @@ Written is version 5.
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_jax.checkpoints.reader import Reader
+from dflash_jax.checkpoints.reader import Reader, is_harmless
 from dflash_jax.checkpoints.rope_json import read_rope, write_rope
 from dflash_jax.config import GatedDeltaConfig, LayerType, MoeConfig, NormKind, TargetConfig
 from dflash_jax.errors import InputError
@@ -34,6 +34,8 @@ class Family:
 
 
 _HYBRID: dict[str, Any] = {"norm": "zero_centred", "qk_norm": True, "hybrid": True, "head_dim": 256}
+
+_WRAPPERS = {"model_type", "architectures", "quantization_config", "tie_word_embeddings", "eos_token_id"}
 
 FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM"),
@@ -103,7 +105,11 @@ def target_from_dict(values: dict[str, Any]) -> TargetConfig:
 
 
 def _text_model(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The family, and the text model's own settings: a wrapper's stop tokens and tying rule over its text_config's."""
+    """Return the family, and the text model's own settings.
+
+    Of a wrapper only `_WRAPPERS` count, and they rule over its text_config's, as in transformers 5. Another one that
+    would change the computation is refused where it is not the text model's.
+    """
     model_type = values.get("model_type")
     if "dflash_config" in values or any("DFlash" in name for name in values.get("architectures") or ()):
         raise InputError("config.json is that of a DFlash drafter, a target is needed; give the drafter as the drafter")
@@ -121,7 +127,13 @@ def _text_model(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             f"config.json: text_config of {model_type} is not a {FAMILIES[family].model_type} configuration"
         )
     outer = {key: value for key, value in values.items() if key != "text_config" and value is not None}
-    return family, nested | outer
+    for key in outer.keys() - _WRAPPERS:
+        if not is_harmless(key) and outer[key] != nested.get(key):
+            raise InputError(
+                f"config.json: {key} {outer[key]!r} stands beside text_config, which alone counts and says "
+                f"{nested.get(key, 'nothing')!r}; keep it in text_config"
+            )
+    return family, nested | {key: value for key, value in outer.items() if key in _WRAPPERS}
 
 
 def _check_quantization(family: str, values: dict[str, Any]) -> None:
