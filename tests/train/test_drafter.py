@@ -13,6 +13,7 @@ from flax import nnx
 
 from dflash_jax.cache import DrafterCache
 from dflash_jax.checkpoints import save_drafter
+from dflash_jax.checkpoints.mask_embedding import write_mask_embedding
 from dflash_jax.errors import InputError
 from dflash_jax.text import Tokenizer
 from tests.train.small import CONFIG, MASK, SMALL, VOCAB, drafter, responses
@@ -146,3 +147,12 @@ def test_figures_of_rounds_against_a_count():
     figures = round_figures([Made([1, 4, 2]), Made([3])], rows=4)
     assert figures == {"acceptance_length": 2.5, "accepted": [0.75, 0.5, 0.25]}
     assert round_figures([Made([])], rows=4) == {}
+
+
+def test_a_mask_embedding_of_the_drafter_to_start_from_goes_on_being_trained(target, tmp_path):
+    save_drafter(drafter(target), tmp_path / "first", jnp.float32)
+    values = np.linspace(-1, 1, 16).astype(np.float32)
+    write_mask_embedding(tmp_path / "first" / "mask_embedding.pt", values, MASK)
+    trained, _ = train_drafter(QUICK, setting(target, tmp_path / "run", start=tmp_path / "first"))
+    moved = np.abs(np.asarray(trained.mask_embedding[...]) - values)
+    assert 0 < moved.max() < 0.5
