@@ -23,6 +23,7 @@ class Node:
     children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
     used: int = 0  # when last, by a counter
     checkpoint: int | None = None
+    salt: str = ""  # of a root
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,17 @@ class PrefixCache:
         """`checkpoints` is how many there is room for; None: the target needs none."""
         self.pages, self.page_size = pages, page_size
         self.recurrent = checkpoints is not None
-        self._root = Node((), -1, None)
+        self._roots: dict[str, Node] = {}  # by salt: prompts with different ones share nothing
         self._spare = list(reversed(range(checkpoints or 0)))
         self._marked: dict[Node, None] = {}  # nodes with a checkpoint
         self._leaves: OrderedDict[Node, None] = OrderedDict()  # least recently used first
         self._clock = itertools.count(1)
         self.hits = self.misses = 0  # pages of prompts that were found, and that were not
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    def match(self, tokens: Sequence[int], salt: str = "") -> Match:
         """The longest known beginning of a prompt that leaves at least one of its tokens to run."""
         most = (len(tokens) - 1) // self.page_size
-        path = self._path(tokens, most)
+        path = self._path(tokens, most, salt)
         usable = len(path)
         if self.recurrent:
             usable = max((i + 1 for i, node in enumerate(path) if node.checkpoint is not None), default=0)
@@ -63,8 +64,10 @@ class PrefixCache:
         checkpoint = path[usable - 1].checkpoint if usable else None
         return Match([node.page for node in path[:usable]], checkpoint, len(path))
 
-    def _path(self, tokens: Sequence[int], most: int) -> list[Node]:
-        node, path = self._root, []
+    def _path(self, tokens: Sequence[int], most: int, salt: str) -> list[Node]:
+        node, path = self._roots.get(salt), []
+        if node is None:
+            return path
         for key in itertools.islice(self._keys(tokens), most):
             if (child := node.children.get(key)) is None:
                 break
@@ -75,13 +78,14 @@ class PrefixCache:
         size = self.page_size
         return (tuple(tokens[i : i + size]) for i in range(0, len(tokens) - size + 1, size))
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> Node | None:
+    def insert(self, tokens: Sequence[int], pages: Sequence[int], salt: str = "") -> Node | None:
         """Keep a sequence's pages, as far as `tokens` fill them; the node of the last one, None if there is none.
 
         Where the same tokens lie in another page already, that one stays, and nothing new is kept below it: a page in
         use must have all pages before it in use.
         """
-        node, own = self._root, True
+        root = self._roots.setdefault(salt, Node((), -1, None, salt=salt))
+        node, own = root, True
         now = next(self._clock)
         for key, page in zip(self._keys(tokens), pages, strict=False):
             child = node.children.get(key)
@@ -95,7 +99,12 @@ class PrefixCache:
             own = own and child.page == page
             node = child
             self._touch(node, now)
-        return None if node is self._root else node
+        self._drop_if_empty(root)
+        return None if node is root else node
+
+    def _drop_if_empty(self, root: Node) -> None:
+        if not root.children:
+            self._roots.pop(root.salt, None)
 
     def _touch(self, node: Node, now: int) -> None:
         node.used = now
@@ -136,13 +145,15 @@ class PrefixCache:
         if parent is None:
             return
         del parent.children[leaf.tokens]
-        if not parent.children and parent is not self._root:
+        if parent.parent is None:
+            self._drop_if_empty(parent)
+        elif not parent.children:
             self._leaves[parent] = None
             self._leaves.move_to_end(parent, last=False)  # nothing else was begun with it, so it is as old
 
     def nodes(self) -> Iterator[Node]:
         """All nodes that hold a page."""
-        stack = [*self._root.children.values()]
+        stack = [node for root in self._roots.values() for node in root.children.values()]
         while stack:
             node = stack.pop()
             stack += node.children.values()

@@ -29,7 +29,7 @@ def prepare(
     if len(prompt) >= longest:
         raise InputError(f"the prompt has {len(prompt)} tokens; this engine takes at most {longest - 1}")
     stop_texts, stop_ids = split_stops(request.stop, vocab)
-    ends = sorted({*pair.target.config.eos_token_ids, *stop_ids})
+    ends = sorted({*(() if request.ignore_eos else pair.target.config.eos_token_ids), *stop_ids})
     if len(ends) > STOPS:
         raise InputError(f"there are {len(ends)} stop ids, the model's own included; give at most {STOPS}")
     sampling = Sampling.pack(1, vocab, logprobs=request.logprobs, **request.settings)
@@ -45,4 +45,4 @@ def prepare(
     stops[: len(ends)] = ends
     output = Output(pair.tokenizer, len(prompt), stop_texts, set(ends), min_tokens=least, logprobs=request.logprobs)
     limit, text = min(len(prompt) + int(new), longest), controller.text(grammar=matcher is not None)
-    return Running(handle, order, prompt, limit, stops, sampling, output, text, matcher)
+    return Running(handle, order, prompt, limit, stops, sampling, output, text, request.cache_salt, matcher)

@@ -37,6 +37,8 @@ class Request:
     min_tokens: int = 0
     logprobs: int | None = None
     grammar: Grammar | None = None  # what the output has to match; its end ends the request
+    ignore_eos: bool = False  # whether the model's own end tokens are tokens like others
+    cache_salt: str = ""  # only prompts with the same one share pages of the prefix cache
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,6 +129,7 @@ class Running:
     sampling: Sampling  # of one request, on the host
     output: Output
     text: Text  # how often its drafts are right
+    salt: str = ""  # see `Request.cache_salt`
     matcher: Matcher | None = None  # where the output stands in its grammar
     slot: int = -1
     pages: list[int] = field(default_factory=list)

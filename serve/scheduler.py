@@ -80,7 +80,7 @@ class Scheduler:
         if (new := next((r for r in self.waiting if not self._comes_soon(r, filling)), None)) is None:
             return None
         new.take_slot(self.slots.index(None))
-        match = None if self.prefix is None else self.prefix.match(new.tokens[: new.goal])
+        match = None if self.prefix is None else self.prefix.match(new.tokens[: new.goal], new.salt)
         shared = [] if match is None else match.pages
         self.pages.share(shared)
         needed = self._pages_for(min(new.goal + self.ahead, new.limit)) - len(shared)
@@ -107,7 +107,7 @@ class Scheduler:
         last = (len(new.prompt) - 1) // self.page * self.page
         if self.prefix is None or not last:
             return False
-        return any(r.cached < last and r.prompt == new.prompt for r in filling)
+        return any(r.cached < last and r.prompt == new.prompt and r.salt == new.salt for r in filling)
 
     def chunks(
         self, shapes: Sequence[tuple[int, int]], quick: Callable[[tuple[int, int], int], bool] = lambda *_: True
@@ -148,7 +148,7 @@ class Scheduler:
         count, r.prefilled, save = stop - r.prefilled, stop, None
         if self.prefix is not None and (stop in r.cuts or stop == r.goal):
             full = stop // self.page
-            node = self.prefix.insert(r.tokens[: full * self.page], r.pages[:full])
+            node = self.prefix.insert(r.tokens[: full * self.page], r.pages[:full], r.salt)
             if node is not None and stop in r.cuts:
                 save = self.prefix.checkpoint(node)
         if stop < r.goal:
@@ -190,7 +190,7 @@ class Scheduler:
         if self.prefix is not None and not self.prefix.recurrent and r.prefilled == r.goal:
             known = len(r.prompt) + len(r.output.tokens) - 1  # the last token is not in the cache
             full = (known - r.behind) // self.page
-            self.prefix.insert(r.tokens[: full * self.page], r.pages[:full])
+            self.prefix.insert(r.tokens[: full * self.page], r.pages[:full], r.salt)
         self.slots[r.slot] = None
         self.pages.release(r.pages)
         r.slot, r.pages = -1, []

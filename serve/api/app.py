@@ -16,14 +16,14 @@ from dflash_jax.version import __version__
 from serve.api import errors
 from serve.api.calls import Call
 from serve.api.chat import ChatReply, chat_grammar, render
-from serve.api.completions import CompletionReply
+from serve.api.completions import CompletionReply, Shown
 from serve.api.errors import ApiError
 from serve.api.gate import Gate
 from serve.api.grammars import grammar_of
 from serve.api.metrics import Latencies, make_registry
-from serve.api.replies import EventStream, Reply, answer
+from serve.api.replies import EventStream, Extras, Reply, answer
 from serve.api.schemas import Body, ChatBody, CompletionBody
-from serve.api.settings import echoes, engine_requests, refuse_unavailable
+from serve.api.settings import echoes, engine_requests, made
 from serve.engine import Engine
 from serve.requests import Request as EngineRequest
 
@@ -64,7 +64,6 @@ async def _read(http: Request, kind: type[B], model: str) -> B:
         raise ApiError(400, errors.describe(error)) from None
     if body.model is not None and body.model != model:
         raise _no_model(body.model, model)
-    refuse_unavailable(body)
     return body
 
 
@@ -114,16 +113,17 @@ class _Routes:
     async def complete(self, http: Request) -> Response:
         body = await _read(http, CompletionBody, self.model)
         engine, tokenizer, prompts = self.engine, self.engine.pair.tokenizer, body.prompts
-        echo, grammar = echoes(body), grammar_of(body.response_format, body.structured_outputs)
+        echo, grammar = echoes(body), grammar_of(body)
         call = await self._start(lambda: engine_requests(body, prompts, engine, grammar))
         before = [_text(tokenizer, prompt) if echo else "" for prompt in prompts]
-        reply = CompletionReply(self.model, body.n or 1, tokenizer, before, bool(body.dflash))
+        shown = Shown(made(body), body.n or 1, bool(body.dflash), body.logprobs is not None)
+        reply = CompletionReply(self.model, shown, tokenizer, before)
         return await self._answer(http, body, call, reply)
 
     async def _answer(self, http: Request, body: Body, call: Call, reply: Reply) -> Response:
         if not body.stream:
-            return await answer(http, call, reply)
-        return EventStream(call, reply, body.stream_options is not None and body.stream_options.include_usage)
+            return await answer(http, call, reply, Extras.of(body))
+        return EventStream(call, reply, Extras.of(body))
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card()]}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -25,6 +26,7 @@ class Call:
         self._engine, self._latencies = engine, latencies
         self.handles: list[Handle] = []
         self.generations: dict[int, Generation] = {}
+        self._made: Counter[int] = Counter()  # tokens so far
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -76,6 +78,8 @@ class Call:
                     )
                 self.generations[index] = event
                 self._latencies.observe(self.handles[index], len(event.tokens))
+            else:
+                self._made[index] += len(event.tokens)
             yield index, event
 
     async def finish(self) -> None:
@@ -83,8 +87,12 @@ class Call:
         async for _ in self.events():
             pass
 
-    def usage(self, choices: int) -> dict[str, Any]:
-        """OpenAI's `usage` of all that has ended, with `choices` requests for each prompt."""
+    def usage(self, choices: int, running: bool = False) -> dict[str, Any]:
+        """Return OpenAI's `usage`, with `choices` requests for each prompt: of all that has ended, or of all so far."""
+        if running:
+            prompt = sum(len(handle.request.prompt) for handle in self.handles[::choices])
+            made = sum(self._made.values())
+            return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
         ended = [(i, h.usage, self.generations[i]) for i, h in enumerate(self.handles) if i in self.generations]
         took = [(i, usage, generation) for i, usage, generation in ended if usage is not None]
         firsts = [usage for i, usage, _ in took if i % choices == 0]  # a prompt counts once

@@ -8,12 +8,12 @@ from typing import Any
 from dflash_jax.decoding.output import Generation, Piece
 from dflash_jax.text import Tokenizer
 from serve.api.drafts import Drafts, whole
-from serve.api.forced import call_grammar, forced, names_function
+from serve.api.forced import call_grammar, forced, free_grammar, names_function
 from serve.api.grammars import grammar_of
 from serve.api.probabilities import chat_logprobs, joined
 from serve.api.reasoning import OPEN, Thoughts
 from serve.api.replies import Choice, Reply
-from serve.api.schemas import ChatBody, Message
+from serve.api.schemas import ChatBody, Message, Tool
 from serve.api.tools import Call, ToolCalls
 from serve.grammar import Grammar
 
@@ -34,8 +34,11 @@ def render(tokenizer: Tokenizer, body: ChatBody, *, reasoning: bool) -> Prompt:
     `reasoning` off leaves all in the content, whatever the template knows of thoughts.
     """
     options = dict(body.chat_template_kwargs or {})
-    if body.tools and body.tool_choice != "none":
-        options["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    for name in ("enable_thinking", "reasoning_effort"):
+        if (value := getattr(body, name)) is not None:
+            options.setdefault(name, value)
+    if tools := may_call(body):
+        options["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
     text = tokenizer.render([_plain(message) for message in body.messages], **options)
     template = tokenizer.chat_template
     splits = reasoning and OPEN in template
@@ -49,8 +52,16 @@ def chat_grammar(body: ChatBody, prompt: Prompt) -> Grammar | None:
         several = body.parallel_tool_calls is not False and not names_function(body)
         grammar: Grammar | None = call_grammar(functions, tags=prompt.tags, several=several)
     else:
-        grammar = grammar_of(body.response_format, body.structured_outputs)
+        grammar = grammar_of(body)
+    if grammar is None and any(tool.function.strict for tool in may_call(body)):
+        functions = [tool.function for tool in may_call(body)]
+        grammar = free_grammar(functions, tags=prompt.tags, several=body.parallel_tool_calls is not False)
     return replace(grammar, thinks=prompt.opened) if grammar is not None else None
+
+
+def may_call(body: ChatBody) -> list[Tool]:
+    """Return the tools that the model may use."""
+    return [] if body.tool_choice == "none" else body.tools or []
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -79,10 +90,10 @@ class ChatReply(Reply):
 
     def __init__(self, model: str, body: ChatBody, tokenizer: Tokenizer, prompt: Prompt):
         super().__init__(model, body.n or 1)
-        calls = bool(body.tools) and body.tool_choice != "none"
-        schemas = {tool.function.name: tool.function.parameters or {} for tool in body.tools or ()}
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in may_call(body)}
         self._tokenizer = tokenizer
-        self._parsers = [ToolCalls(schemas) for _ in range(self.choices)] if calls else None
+        self._parsers = [ToolCalls(schemas) for _ in range(self.choices)] if schemas else None
+        self._one_call = body.parallel_tool_calls is False
         self._drafts = [Drafts(tokenizer) for _ in range(self.choices)] if body.dflash else None
         self._thoughts = [Thoughts(prompt.opened) for _ in range(self.choices)] if prompt.splits else None
         self._called = [0] * self.choices
@@ -114,7 +125,13 @@ class ChatReply(Reply):
             thought, said = thought + more[0], said + more[1]
         if self._parsers is None:
             return thought, [said]
-        return thought, [*self._parsers[index].push(said), *(self._parsers[index].flush() if end else ())]
+        found = [*self._parsers[index].push(said), *(self._parsers[index].flush() if end else ())]
+        if not self._one_call:
+            return thought, found
+        if self._called[index]:
+            return "", []
+        ends = next((i for i, item in enumerate(found, 1) if isinstance(item, Call)), len(found))
+        return thought, found[:ends]  # nothing comes behind the first call
 
     def _deltas(self, index: int, thought: str, found: list[str | Call]) -> list[Choice]:
         choices = [self._delta(index, {"reasoning_content": thought})] if thought else []

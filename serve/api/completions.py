@@ -1,5 +1,7 @@
 """/v1/completions: prompts as they are."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dflash_jax.decoding.output import Generation, Piece
@@ -9,19 +11,41 @@ from serve.api.probabilities import CompletionLogprobs, joined
 from serve.api.replies import Choice, Reply
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What is made for each prompt, and what of it is shown."""
+
+    made: int
+    choices: int  # the likeliest of these
+    drafts: bool
+    logprobs: bool
+
+
 class CompletionReply(Reply):
     """OpenAI's text completions."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, model: str, choices: int, tokenizer: Tokenizer, echo: list[str], drafts: bool):
-        """`echo`: the text before each prompt's completions. `drafts`: tell of them."""
-        super().__init__(model, choices)
-        self._tokenizer, self._echo = tokenizer, echo
-        count = choices * len(echo)
-        self._drafts = [Drafts(tokenizer) for _ in range(count)] if drafts else None
-        self._logprobs = [CompletionLogprobs(tokenizer, len(echo[i // choices])) for i in range(count)]
+    def __init__(self, model: str, shown: Shown, tokenizer: Tokenizer, echo: list[str]):
+        """`echo`: the text before each prompt's completions."""
+        super().__init__(model, shown.made)
+        self._tokenizer, self._shown, self._echo = tokenizer, shown, echo
+        count = shown.made * len(echo)
+        self._drafts = [Drafts(tokenizer) for _ in range(count)] if shown.drafts else None
+        self._logprobs = [CompletionLogprobs(tokenizer, len(echo[i // shown.made])) for i in range(count)]
+
+    def kept(self, generations: Mapping[int, Generation]) -> list[int]:
+        made, choices = self._shown.made, self._shown.choices
+        if made == choices:
+            return super().kept(generations)
+
+        def likely(index: int) -> float:
+            found = generations[index].logprobs or ()
+            return sum(token.logprob for token in found) / max(len(found), 1)
+
+        prompts = (range(first, first + made) for first in range(0, len(generations), made))
+        return [index for prompt in prompts for index in sorted(prompt, key=likely, reverse=True)[:choices]]
 
     def _choice(
         self, index: int, text: str, reason: str | None, dflash: dict[str, Any] | None, logprobs: Any = None
@@ -29,13 +53,16 @@ class CompletionReply(Reply):
         more = {} if dflash is None else {"dflash": dflash}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason, **more}
 
+    def _likely(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        return self._logprobs[index].follow(piece) if self._shown.logprobs else None
+
     def begin(self, index: int) -> list[Choice]:
         before = self._echo[index // self.choices]
         return [self._choice(index, before, None, None)] if before else []
 
     def piece(self, index: int, piece: Piece) -> list[Choice]:
         dflash = self._drafts[index].follow(piece) if self._drafts else None
-        found = self._logprobs[index].follow(piece)
+        found = self._likely(index, piece)
         return [self._choice(index, piece.text, None, dflash, found)] if piece.text or dflash or found else []
 
     def end(self, index: int, generation: Generation) -> list[Choice]:
@@ -45,5 +72,5 @@ class CompletionReply(Reply):
     def whole(self, index: int, pieces: list[Piece], generation: Generation) -> Choice:
         dflash = whole(self._tokenizer, pieces) if self._drafts else None
         text = self._echo[index // self.choices] + generation.text
-        found = joined([self._logprobs[index].follow(piece) for piece in pieces])
+        found = joined([self._likely(index, piece) for piece in pieces])
         return self._choice(index, text, generation.finish_reason, dflash, found)

@@ -47,6 +47,34 @@ def call_grammar(functions: Sequence[Signature], *, tags: bool, several: bool) -
     return Grammar("lark", "\n".join(lines))
 
 
+def free_grammar(functions: Sequence[Signature], *, tags: bool, several: bool) -> Grammar:
+    """Any text in which calls of functions that are strict follow their schemas, and others are only well formed.
+
+    The text is free up to a call's opening tag. Without `several` it ends with its first call.
+    """
+    rules = [
+        (_tagged if tags else _json)(i, function) if function.strict else _loose(i, function, tags)
+        for i, function in enumerate(functions)
+    ]
+    bodies = " | ".join(f"f{i}" for i in range(len(functions)))
+    lines = [
+        "start: call* TEXT" if several else "start: TEXT | call",
+        f'call: opened "\\n" ({bodies}) "\\n</tool_call>"',
+        'opened[lazy]: TEXT "<tool_call>"',
+        "TEXT: /(?s:.*)/",
+        *rules,
+        r'text[suffix="\n</parameter>\n"]: /(?s:.*)/',
+        'rest[suffix="</function>"]: /(?s:.*)/',
+    ]
+    return Grammar("lark", "\n".join(lines))
+
+
+def _loose(number: int, function: Signature, tags: bool) -> str:
+    if tags:
+        return f"f{number}: {_text(f'<function={function.name}>')} rest"
+    return _json(number, function.model_copy(update={"parameters": {"type": "object"}}))
+
+
 def _json(number: int, function: Signature) -> str:
     head = _text(f'{{"name": {json.dumps(function.name, ensure_ascii=False)}, "arguments": ')
     return f'f{number}: {head} {_value(function.parameters or NOTHING)} "}}"'

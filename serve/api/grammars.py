@@ -4,20 +4,41 @@ import json
 from typing import Any
 
 from dflash_jax.errors import InputError
+from serve.api.schemas import Body
 from serve.grammar import Grammar
 
 FORMATS = ("text", "json_object", "json_schema")
 STRUCTURES = ("json", "regex", "grammar", "choice")
 
 
-def grammar_of(response_format: dict[str, Any] | None, structured: dict[str, Any] | None) -> Grammar | None:
-    """InputError for both, or for one that is not understood."""
-    found = None if response_format is None else _of_format(response_format)
-    if structured is None:
-        return found
-    if found is not None:
-        raise InputError("response_format and structured_outputs were both given; leave one out")
-    return _of_structure(structured)
+def grammar_of(body: Body) -> Grammar | None:
+    """Return the grammar that a body asks for; None for none. InputError for two, or for one that is not understood."""
+    found = {
+        "response_format": None if body.response_format is None else _of_format(body.response_format),
+        "structured_outputs": None if body.structured_outputs is None else _of_structure(body.structured_outputs),
+        "regex": None if body.regex is None else Grammar("regex", body.regex),
+        "ebnf": None if body.ebnf is None else _of_gbnf(body.ebnf),
+        "allowed_token_ids": None if body.allowed_token_ids is None else _of_tokens(body.allowed_token_ids),
+    }
+    given = {name: grammar for name, grammar in found.items() if grammar is not None}
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} were both given; leave one out")
+    return next(iter(given.values()), None)
+
+
+def _of_gbnf(text: str) -> Grammar:
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return Grammar("lark", any_to_lark(text))
+    except Exception as error:  # it raises bare Exceptions, and a RecursionError for what is nested too deeply
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"ebnf is no grammar in GBNF: {reason}; correct it") from None
+
+
+def _of_tokens(ids: list[int]) -> Grammar:
+    """Return the grammar of any text of some tokens."""
+    return Grammar("lark", f"start: <[{','.join(map(str, sorted({max(i, 0) for i in ids})))}]>*")
 
 
 def _of_format(given: dict[str, Any]) -> Grammar | None:

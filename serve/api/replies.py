@@ -3,7 +3,8 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -13,8 +14,24 @@ from starlette.types import Receive, Scope, Send
 from dflash_jax.decoding.output import Generation, Piece
 from serve.api.calls import Call, Gone, unless_gone
 from serve.api.errors import ApiError, error_object
+from serve.api.schemas import Body, StreamOptions
 
 Choice = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What an answer tells beside its text."""
+
+    usage: bool = False  # at the end of a stream
+    running_usage: bool = False  # and in every chunk of it
+    token_ids: bool = False  # of the prompt and of what was made
+
+    @classmethod
+    def of(cls, body: Body) -> "Extras":
+        options = body.stream_options or StreamOptions()
+        running = bool(options.continuous_usage_stats)
+        return cls(options.include_usage or running, running, bool(body.return_token_ids))
 
 
 class Reply:
@@ -24,7 +41,7 @@ class Reply:
     prefix = ""  # of its id
 
     def __init__(self, model: str, choices: int):
-        """`choices` for each prompt."""
+        """`choices` are made for each prompt."""
         self.choices = choices
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
@@ -44,6 +61,10 @@ class Reply:
         """A choice that is not streamed."""
         raise NotImplementedError
 
+    def kept(self, generations: Mapping[int, Generation]) -> list[int]:
+        """Return which of all choices are shown, in order."""
+        return sorted(generations)
+
     def chunk(self, choices: list[Choice], **more: Any) -> dict[str, Any]:
         """A part of a stream."""
         return {**self._head, "object": self.chunk_kind, "choices": choices, **more}
@@ -53,7 +74,7 @@ class Reply:
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
 
-async def answer(http: HttpRequest, call: Call, reply: Reply) -> Response:
+async def answer(http: HttpRequest, call: Call, reply: Reply, extras: Extras) -> Response:
     """All of it at once."""
     pieces: list[list[Piece]] = [[] for _ in call.handles]
 
@@ -68,16 +89,24 @@ async def answer(http: HttpRequest, call: Call, reply: Reply) -> Response:
         return Response(status_code=499)  # which nobody reads
     finally:
         call.close()
-    choices = [reply.whole(i, pieces[i], call.generations[i]) for i in range(len(pieces))]
-    return JSONResponse(reply.answer(choices, call.usage(reply.choices)))
+    choices = []
+    for shown, index in enumerate(reply.kept(call.generations)):
+        ids = {"token_ids": call.generations[index].tokens, **_prompt_ids(call, index)} if extras.token_ids else {}
+        choices.append(reply.whole(index, pieces[index], call.generations[index]) | {"index": shown} | ids)
+    more = _prompt_ids(call, 0) if extras.token_ids else {}
+    return JSONResponse(reply.answer(choices, call.usage(reply.choices)) | more)
+
+
+def _prompt_ids(call: Call, index: int) -> dict[str, Any]:
+    return {"prompt_token_ids": list(call.handles[index].request.prompt)}
 
 
 class EventStream(StreamingResponse):
     """Server-sent events of a call, which is closed however the stream ends."""
 
-    def __init__(self, call: Call, reply: Reply, include_usage: bool):
+    def __init__(self, call: Call, reply: Reply, extras: Extras):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter for nginx
-        super().__init__(_events(call, reply, include_usage), media_type="text/event-stream", headers=headers)
+        super().__init__(_events(call, reply, extras), media_type="text/event-stream", headers=headers)
         self._call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,20 +116,32 @@ class EventStream(StreamingResponse):
             self._call.close()
 
 
-async def _events(call: Call, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
-    more: dict[str, Any] = {"usage": None} if include_usage else {}
+async def _events(call: Call, reply: Reply, extras: Extras) -> AsyncIterator[str]:
+    ids: list[list[int]] = [[] for _ in call.handles]  # that no chunk has told yet
+
+    def chunks(index: int, choices: list[Choice], **more: Any) -> Iterator[str]:
+        for choice in choices:
+            if extras.token_ids:
+                choice, ids[index] = choice | {"token_ids": ids[index]}, []
+            if extras.usage:
+                more["usage"] = call.usage(reply.choices, running=True) if extras.running_usage else None
+            yield _event(reply.chunk([choice], **more))
+
     try:
         for index in range(len(call.handles)):
-            for choice in reply.begin(index):
-                yield _event(reply.chunk([choice], **more))
+            first = _prompt_ids(call, index) if extras.token_ids else {}
+            for chunk in chunks(index, [choice | first for choice in reply.begin(index)], **first):
+                yield chunk
         async for index, event in call.events():
-            choices = reply.piece(index, event) if isinstance(event, Piece) else reply.end(index, event)
-            for choice in choices:
-                yield _event(reply.chunk([choice], **more))
+            if isinstance(event, Piece):
+                ids[index] += event.tokens
+            found = reply.piece(index, event) if isinstance(event, Piece) else reply.end(index, event)
+            for chunk in chunks(index, found):
+                yield chunk
     except ApiError as error:  # the status has been sent already
         yield _event(error_object(error.status, str(error), error.code))
         return
-    if include_usage:
+    if extras.usage:
         yield _event(reply.chunk([], usage=call.usage(reply.choices)))
     yield "data: [DONE]\n\n"
 

@@ -9,10 +9,10 @@ import pytest
 from dflash_jax.errors import InputError
 from dflash_jax.pair import EMBEDDED
 from dflash_jax.text import load_tokenizer
-from serve.api.forced import call_grammar, forced
+from serve.api.forced import call_grammar, forced, free_grammar
 from serve.api.schemas import ChatBody, Signature
 from serve.api.tools import Call, ToolCalls
-from serve.grammar import Grammar, Grammars
+from serve.grammar import Grammar, Grammars, Matcher
 from tests.serve import engines
 
 KIND = {"enum": ["left", 'say "b" </x>', "é\nü"]}
@@ -48,9 +48,9 @@ def grammars():
     return Grammars(replace(pair, tokenizer=load_tokenizer(EMBEDDED / "tokenizer", 2048), target=target))
 
 
-def written(grammars: Grammars, grammar: Grammar, rng: np.random.Generator, most: int = 300) -> tuple[str, bool]:
+def written(matcher: Matcher, rng: np.random.Generator, most: int = 300) -> tuple[str, bool]:
     """A text by chance, and whether it is complete."""
-    matcher, tokens, tokenizer = grammars.matcher(grammar), [], load_tokenizer(EMBEDDED / "tokenizer", 2048)
+    tokens, tokenizer = [], load_tokenizer(EMBEDDED / "tokenizer", 2048)
     while not matcher.complete and len(tokens) < most and tokens[-1:] != [0]:
         bits = np.unpackbits(matcher.masks((), 1).view(np.uint8), bitorder="little")
         tokens.append(int(rng.choice(np.flatnonzero(bits))))
@@ -68,7 +68,7 @@ def test_any_choice_is_a_call_that_the_schema_allows(grammars, tags):
     rng, seen = np.random.default_rng(0), set()
     grammar = call_grammar([WEATHER, CLOCK], tags=tags, several=False)
     for _ in range(40):
-        text, complete = written(grammars, grammar, rng)
+        text, complete = written(grammars.matcher(grammar), rng)
         (call,) = calls_of(text, WEATHER, CLOCK)
         assert complete and isinstance(call, Call), text
         arguments = json.loads(call.arguments)
@@ -89,7 +89,7 @@ def test_several_calls(grammars, tags):
     grammar = call_grammar([CLOCK], tags=tags, several=True)
     counts = set()
     for _ in range(12):
-        text, complete = written(grammars, grammar, rng)
+        text, complete = written(grammars.matcher(grammar), rng)
         found = calls_of(text)
         assert complete and all(call == Call("clock", "{}") for call in found)
         counts.add(len(found))
@@ -127,7 +127,6 @@ def test_an_answer_behind_thoughts(grammars, kind):
     [
         ("maybe", "tool_choice is maybe; give auto, none, required"),
         ({"type": "function"}, "give auto, none, required"),
-        ({"type": "allowed_tools"}, "give auto, none, required"),
         ({"type": "function", "function": {"name": "g"}}, "names the function 'g', which is not among the tools"),
         (3, "tool_choice is 3;"),
     ],
@@ -137,3 +136,52 @@ def test_choices_that_cannot_be(choice, message):
     body = ChatBody(messages=[{"role": "user", "content": "x"}], tools=tools, tool_choice=choice)
     with pytest.raises(InputError, match=message):
         forced(body)
+
+
+STRICT = WEATHER.model_copy(update={"strict": True})
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"kind": "left", "place": [3]}}\n</tool_call>'
+WRONG = '<tool_call>\n{"name": "weather", "arguments": {"kind": "right", "place": [3]}}\n</tool_call>'
+LOOSE = '<tool_call>\n{"name": "say", "arguments": {"anything": [1, "x"]}}\n</tool_call>'
+TAGGED = (
+    "<tool_call>\n<function=weather>\n<parameter=kind>\nleft\n</parameter>\n<parameter=place>\n[3]\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+LOOSE_TAGS = "<tool_call>\n<function=say>\n<parameter=more>\nx y\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "tags", "several", "allowed"),
+    [
+        ("Nothing to call here.\n\n<b>", False, True, True),
+        (f"Let me see.\n{CALL}", False, True, True),
+        (f"Let me see.\n{CALL}\n{CALL} Done.", False, True, True),
+        (f"Let me see.\n{CALL}\n{CALL}", False, False, False),
+        (f"Let me see.\n{CALL}", False, False, True),
+        (f"{CALL} and more", False, False, False),
+        (WRONG, False, True, False),
+        (f"{CALL}\n{WRONG}", False, True, False),
+        ('<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>', False, True, False),
+        (f"{LOOSE} {CALL}", False, True, True),
+        (f"Hm {TAGGED}", True, True, True),
+        (f"Hm {TAGGED.replace('left', 'right')}", True, True, False),
+        (f"{LOOSE_TAGS}{TAGGED}", True, True, True),
+    ],
+)
+def test_text_is_free_and_strict_calls_are_not(grammars, text, tags, several, allowed):
+    grammar = free_grammar([STRICT, SAY], tags=tags, several=several)
+    assert accepts(grammars, grammar, text) == allowed
+    thinking = replace(grammar, thinks=True)
+    assert accepts(grammars, thinking, f"I could use {WRONG}</think>\n{text}") == allowed
+
+
+@pytest.mark.parametrize("tags", [False, True])
+def test_any_choice_after_an_opening_tag_is_a_call(grammars, tags):
+    rng, grammar = np.random.default_rng(1), free_grammar([STRICT], tags=tags, several=False)
+    for _ in range(10):
+        matcher = grammars.matcher(grammar)
+        opening = grammars._pair.tokenizer.encode("See: <tool_call>\n")
+        assert matcher.take(opening) == len(opening)
+        text, complete = written(matcher, rng)
+        (call,) = calls_of(f"<tool_call>\n{text}", STRICT)
+        assert complete and isinstance(call, Call), text
+        assert {"kind", "place"} <= json.loads(call.arguments).keys()
