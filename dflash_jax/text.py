@@ -6,17 +6,20 @@ it is needed: for a folder without tokenizer.json, and for chat templates.
 
 import functools
 import json
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Encoding, decoders, models
 from tokenizers import Tokenizer as Core
 
-from dflash_jax.errors import InputError
+from dflash_jax.errors import InputError, TooLongError
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+SLACK = 4  # a tokenizer may write characters together before it looks for tokens
 REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no character, or not yet one
 
 
@@ -67,19 +70,21 @@ class Tokenizer:
         self.folder = folder
         self.vocab_size = vocab_size if vocab_size is not None else core.get_vocab_size() if core else None
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, most: int | None = None) -> list[int]:
         """Token ids of a text (with the special tokens the tokenizer adds), of ids (checked), or of chat messages.
 
-        InputError for an empty prompt, ids outside the vocabulary, chat messages that the template does not take.
+        InputError for an empty prompt, ids outside the vocabulary, chat messages that the template does not take, and
+        more than `most` tokens: a text that must have more is not looked at.
         """
         if isinstance(prompt, str):
-            tokens = self._encode_text(prompt, add_special_tokens=True)
+            tokens = self._encode_text(prompt, add_special_tokens=True, most=most).ids if prompt else []
         else:
             messages = [item for item in prompt if isinstance(item, dict)]
             if messages and len(messages) == len(prompt):
                 # The template writes the special tokens itself.
-                tokens = self._encode_text(self.render(messages), add_special_tokens=False)
+                tokens = self._encode_text(self.render(messages), add_special_tokens=False, most=most).ids
             else:
+                _check_length(len(prompt), most)
                 tokens = [_as_id(item) for item in prompt]
         if not tokens:
             raise InputError("the prompt is empty; give at least one token of text, ids or chat messages")
@@ -91,14 +96,32 @@ class Tokenizer:
         stream = TextStream(self)
         return stream.push(*tokens) + stream.flush()
 
-    def _encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode_text(self, text: str, *, add_special_tokens: bool, most: int | None) -> Encoding:
         if self.core is None:
             raise InputError(
                 f"{self.folder} has no tokenizer.json; give the prompt as token ids, or copy the tokenizer there"
             )
-        if not text:
-            return []
-        return self.core.encode(text, add_special_tokens=add_special_tokens).ids
+        if most is not None and len(text) > most * self._longest_token:
+            raise TooLongError(f"{len(text)} characters, which are more than {most}", most)
+        try:
+            encoding = self.core.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:  # it does not say why
+            half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+            if half is None:
+                raise
+            raise InputError(f"the text holds half a character, {half!r}; give whole ones") from None
+        _check_length(len(encoding), most)
+        return encoding
+
+    @functools.cached_property
+    def _longest_token(self) -> float:
+        """Characters of a text that one token can stand for at most; infinite where unknown words have a token."""
+        assert self.core is not None
+        model = self.core.model
+        knows_bytes = isinstance(self.core.decoder, decoders.ByteLevel) or getattr(model, "byte_fallback", False)
+        if not isinstance(model, models.BPE) or not (knows_bytes or model.unk_token is None):
+            return math.inf
+        return SLACK * max(map(len, self.core.get_vocab()))
 
     def _check_range(self, tokens: list[int]) -> None:
         limit = self.vocab_size
@@ -155,13 +178,19 @@ class Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         return None if token is None else self.core.token_to_id(token)
 
-    def encode_rendered(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 [T] of a text that has its special tokens already, and where each lies in it, [T, 2] characters."""
-        if self.core is None:
-            raise InputError(f"{self.folder} has no tokenizer.json; copy the tokenizer of the model's release there")
-        encoded = self.core.encode(text, add_special_tokens=False)
+    def encode_rendered(self, text: str, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [T] of a text that has its special tokens already, and where each lies in it, [T, 2] characters.
+
+        InputError as from `encode`.
+        """
+        encoded = self._encode_text(text, add_special_tokens=False, most=most)
         self._check_range(encoded.ids)
         return np.asarray(encoded.ids, np.int32), np.asarray(encoded.offsets, np.int32).reshape(-1, 2)
+
+
+def _check_length(tokens: int, most: int | None) -> None:
+    if most is not None and tokens > most:
+        raise TooLongError(str(tokens), most)
 
 
 def _as_id(item: object) -> int:

@@ -6,6 +6,7 @@ llguidance does the parsing. It is imported when the first grammar is used.
 import json
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 KINDS = ("json_schema", "regex", "lark")
 # Enough to indent; small models that may write any amount of white space write nothing else for ever.
 JSON_STYLE = {"whitespace_pattern": r"[ ]|\n[ \t]{0,16}"}
+
+MOST_TEXT = 2**18  # characters of a grammar
+STACK, THREADS = 2**29, 2  # bytes, of which only those that are used take memory; a grammar of the largest text fits
 
 THOUGHT = 'start: thought /\\s*/ @answer\nthought[suffix="</think>"]: /(?s:.*)/'
 
@@ -86,19 +90,16 @@ class Grammars:
 
     def __init__(self, pair: Pair):
         self._pair, self._lock = pair, threading.Lock()
-        self._made: tuple[Any, Any] | None = None
+        self._made: tuple[Any, Any, ThreadPoolExecutor] | None = None
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """InputError for a grammar that cannot be read, or where there is no llguidance or no tokenizer for it."""
-        llguidance, (tokenizer, executor) = _library(), self._bridge()
-        source = _source(grammar)
-        made = llguidance.LLMatcher(tokenizer, source, log_level=0)
-        if made.is_error():
-            raise InputError(f"the grammar ({grammar.kind}) cannot be used: {_line(made.get_error())}; correct it")
+        tokenizer, executor, threads = self._bridge()
+        made = threads.submit(_made, grammar, tokenizer).result()
         return Matcher(made, tokenizer, executor, self._pair.target.config.vocab_size)
 
-    def _bridge(self) -> tuple[Any, Any]:
-        """The tokenizer as llguidance has it, and its threads."""
+    def _bridge(self) -> tuple[Any, Any, ThreadPoolExecutor]:
+        """The tokenizer as llguidance has it, its threads for masks, and threads to read grammars in."""
         llguidance, pair = _library(), self._pair
         with self._lock:
             if self._made is None:
@@ -114,8 +115,39 @@ class Grammars:
                     raise InputError(
                         f"llguidance does not take this tokenizer: {reason}; leave the grammar out"
                     ) from error
-                self._made = tokenizer, llguidance.LLExecutor()
+                self._made = tokenizer, llguidance.LLExecutor(), _deep_threads()
             return self._made
+
+
+def _deep_threads() -> ThreadPoolExecutor:
+    """Return threads for grammars whose rules name each other in a long chain: llguidance goes down it by recursion."""
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="dflash-grammar")
+    usual, started = threading.stack_size(STACK), threading.Barrier(THREADS + 1)
+    try:
+        for _ in range(THREADS):
+            pool.submit(started.wait)
+    finally:
+        threading.stack_size(usual)
+    started.wait()
+    return pool
+
+
+def _made(grammar: Grammar, tokenizer: "LLTokenizer") -> Any:
+    """Return llguidance's matcher."""
+    if not isinstance(grammar.text, str) or not grammar.text.strip():
+        raise InputError(f"the grammar ({grammar.kind}) is {str(grammar.text)[:40]!r}; give a text")
+    if len(grammar.text) > MOST_TEXT:
+        raise InputError(f"the grammar ({grammar.kind}) has {len(grammar.text)} characters; give at most {MOST_TEXT}")
+    try:
+        made = _library().LLMatcher(tokenizer, _source(grammar), log_level=0)
+        reason = made.get_error() if made.is_error() else None
+    except InputError:
+        raise
+    except Exception as error:  # of several kinds, for what is nested too deeply, or holds half a character
+        made, reason = None, str(error)
+    if reason is not None:
+        raise InputError(f"the grammar ({grammar.kind}) cannot be used: {_line(reason)}; correct it")
+    return made
 
 
 def _source(grammar: Grammar) -> str:
@@ -132,8 +164,6 @@ def _bare_source(grammar: Grammar) -> str:
 
     if grammar.kind not in KINDS:
         raise InputError(f"the kind of a grammar is {grammar.kind!r}; give one of {', '.join(KINDS)}")
-    if not isinstance(grammar.text, str) or not grammar.text.strip():
-        raise InputError(f"the grammar ({grammar.kind}) is {grammar.text!r}; give a text")
     if grammar.kind == "json_schema":
         try:
             json.loads(grammar.text)

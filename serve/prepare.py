@@ -25,9 +25,7 @@ def prepare(
     new = request.max_new_tokens
     if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 1:
         raise InputError(f"max_new_tokens is {new!r}; give a whole number of at least 1")
-    prompt = pair.tokenizer.encode(request.prompt)
-    if len(prompt) >= longest:
-        raise InputError(f"the prompt has {len(prompt)} tokens; this engine takes at most {longest - 1}")
+    prompt = pair.tokenizer.encode(request.prompt, most=longest - 1)
     stop_texts, stop_ids = split_stops(request.stop, vocab)
     ends = sorted({*(() if request.ignore_eos else pair.target.config.eos_token_ids), *stop_ids})
     if len(ends) > STOPS:

@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -32,7 +34,11 @@ MAX_BODY_BYTES = 8 * 2**20
 # The page has all it needs in itself, and talks to its own server only.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
 
+LARGE_BYTES = 2**16
+_LARGE = ThreadPoolExecutor(1, thread_name_prefix="dflash-large")
+
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 
 def create_app(
@@ -56,15 +62,22 @@ def create_app(
     return app
 
 
-async def _read(http: Request, kind: type[B], model: str) -> B:
-    """The body, checked."""
+async def off_loop(size: int, work: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Return what `work` returns, which a thread does: those of large bodies do not keep those of others waiting."""
+    pool = _LARGE if size > LARGE_BYTES else None
+    return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args, **options))
+
+
+async def _read(http: Request, kind: type[B], model: str) -> tuple[B, int]:
+    """Return the body, checked, and how many bytes it has."""
+    text = await http.body()
     try:
-        body = kind.model_validate_json(await http.body())
+        body = await off_loop(len(text), kind.model_validate_json, text)
     except ValidationError as error:
-        raise ApiError(400, errors.describe(error)) from None
+        raise ApiError(400, await off_loop(len(text), errors.describe, error)) from None
     if body.model is not None and body.model != model:
         raise _no_model(body.model, model)
-    return body
+    return body, len(text)
 
 
 def _no_model(asked: str, model: str) -> ApiError:
@@ -96,26 +109,26 @@ class _Routes:
         for call in list(self._calls):
             call.close()
 
-    async def _start(self, make: Callable[[], list[EngineRequest]]) -> Call:
+    async def _start(self, size: int, make: Callable[[], list[EngineRequest]]) -> Call:
         call = Call(self.engine, self.latencies)
         self._calls.add(call)
-        await call.start(make)
+        await call.start(partial(off_loop, size), make)
         return call
 
     async def chat(self, http: Request) -> Response:
-        body = await _read(http, ChatBody, self.model)
+        body, size = await _read(http, ChatBody, self.model)
         engine, tokenizer = self.engine, self.engine.pair.tokenizer
-        prompt = await asyncio.to_thread(render, tokenizer, body, reasoning=self.reasoning)
-        grammar = chat_grammar(body, prompt)
-        call = await self._start(lambda: engine_requests(body, [prompt.ids], engine, grammar))
+        most = engine.config.sizes.length - 1
+        prompt = await off_loop(size, render, tokenizer, body, most=most, reasoning=self.reasoning)
+        call = await self._start(size, lambda: engine_requests(body, [prompt.ids], engine, chat_grammar(body, prompt)))
         return await self._answer(http, body, call, ChatReply(self.model, body, tokenizer, prompt))
 
     async def complete(self, http: Request) -> Response:
-        body = await _read(http, CompletionBody, self.model)
+        body, size = await _read(http, CompletionBody, self.model)
         engine, tokenizer, prompts = self.engine, self.engine.pair.tokenizer, body.prompts
-        echo, grammar = echoes(body), grammar_of(body)
-        call = await self._start(lambda: engine_requests(body, prompts, engine, grammar))
-        before = [_text(tokenizer, prompt) if echo else "" for prompt in prompts]
+        echo = echoes(body)
+        call = await self._start(size, lambda: engine_requests(body, prompts, engine, grammar_of(body)))
+        before = [await off_loop(size, _text, tokenizer, prompt) if echo else "" for prompt in prompts]
         shown = Shown(made(body), body.n or 1, bool(body.dflash), body.logprobs is not None)
         reply = CompletionReply(self.model, shown, tokenizer, before)
         return await self._answer(http, body, call, reply)

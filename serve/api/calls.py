@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -31,10 +31,10 @@ class Call:
         self._loop = asyncio.get_running_loop()
         self._closed = False
 
-    async def start(self, make: Callable[[], list[Request]]) -> None:
-        """Submit what `make` gives, which runs in a thread. Raises what it and `submit` raise; nothing is left then."""
+    async def start(self, in_thread: Callable[..., Awaitable[None]], make: Callable[[], list[Request]]) -> None:
+        """Submit what `make` gives, all in a thread. Raises what it and `submit` raise; nothing is left then."""
         try:
-            await asyncio.to_thread(self._submit, make)
+            await in_thread(self._submit, make)
         except BaseException:
             self.close()
             raise

@@ -28,8 +28,8 @@ class Prompt:
     tags: bool  # whether tool calls are written with tags, and not as JSON
 
 
-def render(tokenizer: Tokenizer, body: ChatBody, *, reasoning: bool) -> Prompt:
-    """Messages and tools through the template. InputError where it refuses.
+def render(tokenizer: Tokenizer, body: ChatBody, *, most: int, reasoning: bool) -> Prompt:
+    """Messages and tools through the template. InputError where it refuses, and for more than `most` tokens.
 
     `reasoning` off leaves all in the content, whatever the template knows of thoughts.
     """
@@ -42,7 +42,7 @@ def render(tokenizer: Tokenizer, body: ChatBody, *, reasoning: bool) -> Prompt:
     text = tokenizer.render([_plain(message) for message in body.messages], **options)
     template = tokenizer.chat_template
     splits = reasoning and OPEN in template
-    ids = tokenizer.encode_rendered(text)[0].tolist()
+    ids = tokenizer.encode_rendered(text, None if body.truncate_prompt_tokens else most)[0].tolist()
     return Prompt(ids, splits, splits and text.rstrip().endswith(OPEN), "<function=" in template)
 
 
@@ -78,7 +78,7 @@ def _plain(message: Message) -> dict[str, Any]:
 def _arguments(text: str) -> Any:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text
 

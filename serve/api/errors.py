@@ -1,5 +1,6 @@
 """What a sender is told when something is wrong: OpenAI's error object, with one line that says what to do."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,11 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from dflash_jax.errors import InputError
+from dflash_jax.errors import InputError, TooLongError
 from serve.engine import Busy
 
+_SHORT = reprlib.Repr()  # looks at no more of a large value than it shows
+_SHORT.maxstring, _SHORT.maxlevel = 60, 3
 RETRY_AFTER = 1  # seconds; a slot is free again after one short answer
 
 
@@ -34,7 +37,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
-        return ApiError(400, str(error))
+        too_long = isinstance(error, TooLongError)
+        return ApiError(400, str(error), code="context_length_exceeded" if too_long else None)
     if isinstance(error, Busy):
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
     if isinstance(error, HTTPException):
@@ -53,7 +57,7 @@ def describe(error: ValidationError) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

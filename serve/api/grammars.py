@@ -8,6 +8,7 @@ from serve.api.schemas import Body
 from serve.grammar import Grammar
 
 FORMATS = ("text", "json_object", "json_schema")
+MOST_GBNF = 2**15  # characters; its reader takes time by the square of them
 STRUCTURES = ("json", "regex", "grammar", "choice")
 
 
@@ -29,6 +30,8 @@ def grammar_of(body: Body) -> Grammar | None:
 def _of_gbnf(text: str) -> Grammar:
     from llguidance.gbnf_to_lark import any_to_lark
 
+    if len(text) > MOST_GBNF:
+        raise InputError(f"ebnf has {len(text)} characters; give at most {MOST_GBNF}")
     try:
         return Grammar("lark", any_to_lark(text))
     except Exception as error:  # it raises bare Exceptions, and a RecursionError for what is nested too deeply

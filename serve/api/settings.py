@@ -44,7 +44,8 @@ def engine_requests(body: Body, prompts: Sequence[Prompt], engine: Engine, gramm
             settings[name] = value
     requests = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt)[-(body.truncate_prompt_tokens or 0) :]  # once for all choices
+        most = None if body.truncate_prompt_tokens else longest - 1
+        ids = tokenizer.encode(prompt, most)[-(body.truncate_prompt_tokens or 0) :]  # once for all choices
         first = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         requests += [Request(ids, seed=(first + i) % SEEDS, **settings) for i in range(made(body))]
     return requests

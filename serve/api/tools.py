@@ -94,7 +94,7 @@ class ToolCalls:
 def _from_json(body: str) -> Call | None:
     try:
         value = json.loads(body, strict=False)  # models write line breaks into texts as they are
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
@@ -113,6 +113,6 @@ def _typed(text: str, schema: Any) -> Any:
     word = text.strip()
     try:
         value = json.loads({"True": "true", "False": "false", "None": "null"}.get(word, word))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return text if "string" in kinds and isinstance(value, (int, float)) else value

@@ -74,7 +74,7 @@ def test_bodies_that_are_no_json(client, content, headers, status, message):
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": [384]}, "token id 384 is outside"),
         ({"prompt": [-1], "echo": True}, "token id -1 is outside"),
-        ({"prompt": "x y " * 600}, "takes at most 511"),
+        ({"prompt": "x y " * 600}, "has 2400 tokens; the maximum context length is 512, give at most 511"),
         ({"prompt": [[1]] * 5000}, "5000 requests.*at most 4096"),
         ({"max_tokens": 0}, "max_new_tokens is 0"),
         ({"max_tokens": 0, "echo": True}, "at least one token"),
