@@ -11,7 +11,7 @@ from dflash_jax.errors import InputError
 from serve.config import Resolved
 from serve.device import LAST
 from serve.dispatch import Batch, Flight
-from serve.news import News, news_of
+from serve.news import News, logprobs_of, news_of
 from serve.passes import PassCosts
 from serve.requests import Running
 from serve.stats import Stats
@@ -41,7 +41,12 @@ class Collector:
         seconds = now - max(self._last, flight.since)
         if flight.over is not None:
             self._pass_costs.observe(flight.over.shape, flight.over.before, seconds)
-            for row, chunk in zip(first, flight.over.chunks, strict=False):
+            rows, scores = first
+            for place, (row, chunk) in enumerate(zip(rows, flight.over.chunks, strict=False)):
+                if scores is not None and not chunk.running.done:
+                    room, top = flight.over.shape[1], self.config.everything.logprobs
+                    found = logprobs_of(scores[place], room, top, chunk.count)
+                    chunk.running.output.score(chunk.start + 1, found)
                 self.stats.prefill_tokens += chunk.count
                 if chunk.kind == LAST and not chunk.running.done:
                     said = news_of(row, 0, 1, self.config.everything.logprobs)

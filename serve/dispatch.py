@@ -34,7 +34,7 @@ class Flight:
 
     since: float
     over: Pass | None = None  # prompts
-    first: jax.Array | None = None  # news of that pass
+    first: tuple[jax.Array, jax.Array | None] | None = None  # news of that pass, and log-probabilities of prompts
     batches: list[Batch] = field(default_factory=list)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from dflash_jax.decoding.checks import check_min_tokens, split_stops
+from dflash_jax.decoding.logprobs import MOST_LOGPROBS, check_logprobs
 from dflash_jax.decoding.output import Output
 from dflash_jax.decoding.sampling import Sampling
 from dflash_jax.decoding.width import WidthController
@@ -23,8 +24,8 @@ def prepare(
     """
     request, vocab, longest = handle.request, pair.target.config.vocab_size, config.sizes.length
     new = request.max_new_tokens
-    if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 1:
-        raise InputError(f"max_new_tokens is {new!r}; give a whole number of at least 1")
+    if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 0:
+        raise InputError(f"max_new_tokens is {new!r}; give a whole number of at least 0")
     prompt = pair.tokenizer.encode(request.prompt, most=longest - 1)
     stop_texts, stop_ids = split_stops(request.stop, vocab)
     ends = sorted({*(() if request.ignore_eos else pair.target.config.eos_token_ids), *stop_ids})
@@ -34,6 +35,7 @@ def prepare(
     least = int(sampling.min_tokens[0])
     check_min_tokens(least, int(new), len(ends), vocab)
     config.check(request.logprobs, sampling.plan)
+    config.check(check_logprobs(request.prompt_logprobs, MOST_LOGPROBS), sampling.plan)
     if request.grammar is not None and least:
         raise InputError("min_tokens and a grammar cannot both say when the output ends; leave one out")
     if request.grammar is not None and not config.sizes.grammar:
@@ -41,6 +43,9 @@ def prepare(
     matcher = None if request.grammar is None else grammars.matcher(request.grammar)
     stops = np.full(STOPS, -1, np.int32)
     stops[: len(ends)] = ends
-    output = Output(pair.tokenizer, len(prompt), stop_texts, set(ends), min_tokens=least, logprobs=request.logprobs)
+    output = Output(
+        pair.tokenizer, len(prompt), stop_texts, set(ends), min_tokens=least, logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+    )  # fmt: skip
     limit, text = min(len(prompt) + int(new), longest), controller.text(grammar=matcher is not None)
     return Running(handle, order, prompt, limit, stops, sampling, output, text, request.cache_salt, matcher)

@@ -109,18 +109,21 @@ class Programs:
             bias = self._no_bias if sampling.logit_bias is None else sampling.logit_bias
         return replace(sampling, logit_bias=bias, plan=self.state.sampling.plan)
 
-    def prefill(self, shape: tuple[int, int], chunks: Sequence[Chunk]) -> jax.Array:
-        """Run chunks of prompts; the news, a row each."""
+    def prefill(
+        self, shape: tuple[int, int], chunks: Sequence[Chunk], scored: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Run chunks of prompts; the news, a row each, and log-probabilities where one of them asks for these."""
         order = np.zeros((4, shape[0]), np.int32)
         order[0], order[3] = self.sizes.slots, self.sizes.checkpoints
         for i, chunk in enumerate(chunks):
             save = self.sizes.checkpoints if chunk.save is None else chunk.save
             order[:, i] = chunk.running.slot, chunk.count, chunk.kind, save
         with self.pair.on_mesh():
-            self.state, news = steps.run_prefill(
-                *self._split, self.state, order, shape=shape, sizes=self.sizes, plan=self.config.everything
-            )
-        return news
+            self.state, news, scores = steps.run_prefill(
+                *self._split, self.state, order, shape=shape, sizes=self.sizes, plan=self.config.everything,
+                scored=scored or any(chunk.running.output.prompt_top is not None for chunk in chunks),
+            )  # fmt: skip
+        return news, scores
 
     def rounds(
         self, rows: Sequence[Running], deltas: Sequence[tuple[int, int, int]], plan: Plan

@@ -36,6 +36,7 @@ class Request:
     stop: Any = ()
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None  # how many likely tokens to name beside each of the prompt's; None: none at all
     grammar: Grammar | None = None  # what the output has to match; its end ends the request
     ignore_eos: bool = False  # whether the model's own end tokens are tokens like others
     cache_salt: str = ""  # only prompts with the same one share pages of the prefix cache

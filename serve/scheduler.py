@@ -24,6 +24,7 @@ class Chunk:
     """The next tokens of a prompt to prefill."""
 
     running: Running
+    start: int  # tokens before them
     count: int
     kind: int  # MIDDLE, LAST or RESUMED
     save: int | None  # where to keep the recurrent state behind it
@@ -80,7 +81,9 @@ class Scheduler:
         if (new := next((r for r in self.waiting if not self._comes_soon(r, filling)), None)) is None:
             return None
         new.take_slot(self.slots.index(None))
-        match = None if self.prefix is None else self.prefix.match(new.tokens[: new.goal], new.salt)
+        match = None
+        if self.prefix is not None and new.output.prompt_top is None:  # else each token's row is needed
+            match = self.prefix.match(new.tokens[: new.goal], new.salt)
         shared = [] if match is None else match.pages
         self.pages.share(shared)
         needed = self._pages_for(min(new.goal + self.ahead, new.limit)) - len(shared)
@@ -105,7 +108,7 @@ class Scheduler:
     def _comes_soon(self, new: Running, filling: Sequence[Running]) -> bool:
         """Whether the prefix cache is about to have more of a prompt."""
         last = (len(new.prompt) - 1) // self.page * self.page
-        if self.prefix is None or not last:
+        if self.prefix is None or not last or new.output.prompt_top is not None:
             return False
         return any(r.cached < last and r.prompt == new.prompt and r.salt == new.salt for r in filling)
 
@@ -145,18 +148,18 @@ class Scheduler:
 
     def _chunk(self, r: Running, most: int) -> Chunk:
         stop = min(r.prefilled + most, self._next_stop(r))
-        count, r.prefilled, save = stop - r.prefilled, stop, None
+        start, count, r.prefilled, save = r.prefilled, stop - r.prefilled, stop, None
         if self.prefix is not None and (stop in r.cuts or stop == r.goal):
             full = stop // self.page
             node = self.prefix.insert(r.tokens[: full * self.page], r.pages[:full], r.salt)
             if node is not None and stop in r.cuts:
                 save = self.prefix.checkpoint(node)
         if stop < r.goal:
-            return Chunk(r, count, MIDDLE, save)
+            return Chunk(r, start, count, MIDDLE, save)
         if r.output.tokens:
-            return Chunk(r, count, RESUMED, save)
+            return Chunk(r, start, count, RESUMED, save)
         r.least, r.most = r.least + 1, r.most + 1
-        return Chunk(r, count, LAST, save)
+        return Chunk(r, start, count, LAST, save)
 
     def reserve(self, rows: Sequence[Running], tokens: int) -> list[tuple[int, int, int]] | None:
         """Pages for up to `tokens` more of each: (slot, entry, page) of the new ones; None: there are not so many."""

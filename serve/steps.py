@@ -15,14 +15,14 @@ from jaxtyping import Array, Int
 
 from dflash_jax.cache import Recurrence, TargetCache
 from dflash_jax.decoding.acceptance import decide
-from dflash_jax.decoding.prefill import prefill_rows
+from dflash_jax.decoding.prefill import last_rows, prefill_rows
 from dflash_jax.decoding.proposal import plain_proposal
 from dflash_jax.decoding.round import DecodeState, decode_round, emit, mask_of
 from dflash_jax.decoding.run import MANY, MANY_PRODUCTS, PRODUCTS
 from dflash_jax.decoding.sampling import SamplingPlan
 from serve.batch import caught_up, put_back, taken
 from serve.device import LAST, RESUMED, Sizes, Slots
-from serve.news import news_row
+from serve.news import logprob_row, news_row
 
 
 def with_pages(state: Slots, deltas: Int[Array, " n"]) -> Slots:
@@ -85,7 +85,7 @@ _of_few, _of_many = _jitted(compiler_options=PRODUCTS), _jitted(compiler_options
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "shape", "sizes", "plan"),
+    static_argnames=("graph", "shape", "sizes", "plan", "scored"),
     donate_argnames=("state",),
     compiler_options=PRODUCTS,
 )
@@ -98,8 +98,11 @@ def run_prefill(
     shape: tuple[int, int],
     sizes: Sizes,
     plan: SamplingPlan,
-) -> tuple[Slots, Int[Array, "P n"]]:
+    scored: bool,
+) -> tuple[Slots, Int[Array, "P n"], Int[Array, "P m"] | None]:
     """The next tokens of some prompts through both models, and the first token of those that end here.
+
+    Where they are `scored`, the log-probabilities of the prompts' tokens after each of these come along.
 
     `order`: slot, how many tokens, MIDDLE, LAST or RESUMED, and the checkpoint to keep the recurrent state in (past the
     last: none). `shape` is (prompts, most tokens of each).
@@ -109,7 +112,11 @@ def run_prefill(
     part, sampling, there = taken(state, slots, plan, sizes.width, 0, False)
     at = part.cache.lengths[:, None] + jnp.arange(shape[1])
     rows = jnp.take_along_axis(part.tokens, at, axis=1, mode="clip")
-    cache, draft_cache, end = prefill_rows(target, drafter, rows, count, part.cache, part.draft_cache)
+    cache, draft_cache, hidden = prefill_rows(target, drafter, rows, count, part.cache, part.draft_cache)
+    scores, end = None, last_rows(hidden, count)
+    if scored and part.logprobs is not None:
+        following = jnp.take_along_axis(part.tokens, at + 1, axis=1, mode="clip")
+        scores = logprob_row(part.logprobs.read(target.head, hidden, following))
     part = replace(part, cache=cache, draft_cache=draft_cache, finished=there & (kind != LAST))
     anchor = jnp.take_along_axis(part.tokens, jnp.maximum(part.known - 1, 0)[:, None], axis=1)[:, 0]
     before, end = part.known, end[:, None]
@@ -121,7 +128,7 @@ def run_prefill(
     news = news_row(part, before, 1)
     part = replace(part, finished=jnp.where(kind == RESUMED, False, part.finished))
     state = replace(state, checkpoints=_kept(state, cache, save))
-    return put_back(state, part, slots, there, sizes.width, False), news
+    return put_back(state, part, slots, there, sizes.width, False), news, scores
 
 
 def _kept(state: Slots, cache: TargetCache, save: Int[Array, "P"]) -> tuple[tuple[Array, Array], ...]:

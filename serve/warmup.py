@@ -82,6 +82,8 @@ def _others(programs: Programs) -> Iterator[Callable[[], Any]]:
     yield partial(_admit_nobody, programs)
     for shape in config.prefill:
         yield partial(programs.prefill, shape, ())
+        if config.logprobs:
+            yield partial(programs.prefill, shape, (), scored=True)
     for bucket in config.buckets if config.sizes.grammar else ():
         for width in config.masked_widths:
             yield partial(_check_nothing, programs, config.masked(bucket, width))

@@ -32,6 +32,7 @@ class Generation:
     acceptance_lengths: tokens emitted in each round, the bonus included. The first token comes from the prefill.
     finish_reason: "stop" (a stop token or string) or "length" (`max_new_tokens`, or the model's last position).
     logprobs: of each token, where they were asked for.
+    prompt_logprobs: of each token of the prompt but the first, where they were asked for.
     """
 
     tokens: list[int]
@@ -39,16 +40,21 @@ class Generation:
     acceptance_lengths: list[int]
     finish_reason: str
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a stream: its text, its tokens, which of these the drafter had right, and their log-probabilities."""
+    """A part of a stream: its text, its tokens, which of these the drafter had right, and their log-probabilities.
+
+    The first one brings those of the prompt, where they were asked for.
+    """
 
     text: str
     tokens: list[int]
     drafted: list[bool]
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 class Output:
@@ -63,9 +69,15 @@ class Output:
         *,
         min_tokens: int = 0,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ):
-        """`logprobs` is how many likely tokens to name beside each token; None: no log-probabilities at all."""
+        """`logprobs` is how many likely tokens to name beside each token; None: no log-probabilities at all.
+
+        `prompt_logprobs` is that of the prompt's tokens.
+        """
         self.prompt_length, self.ends, self.top = prompt_length, ends, logprobs
+        self.prompt_top = prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.transcript = Transcript(tokenizer, stop_texts, min_tokens)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -87,7 +99,7 @@ class Output:
         text, kept = self.transcript.push(tokens)
         self.tokens += tokens[:kept]
         if found is not None and self.top is not None:
-            self.logprobs += _named(found, kept, self.top)
+            self.logprobs += named(found, kept, self.top)
         self.text += text
         self.counts += counts
         for count in counts:
@@ -98,8 +110,19 @@ class Output:
         tokens, text = self.tokens[self._shown_tokens :], self.text[self._shown_text :]
         flags = self._drafted[self._shown_tokens : len(self.tokens)]
         logprobs = None if self.top is None else tuple(self.logprobs[self._shown_tokens :])
+        prompt = None if self._shown_tokens else self._prompt()
         self._shown_tokens, self._shown_text = len(self.tokens), len(self.text)
-        return Piece(text, tokens, flags, logprobs) if tokens or text else None
+        return Piece(text, tokens, flags, logprobs, prompt) if tokens or text else None
+
+    def _prompt(self) -> tuple[TokenLogprobs, ...] | None:
+        return None if self.prompt_top is None else tuple(self.prompt_logprobs)
+
+    def score(self, start: int, found: HostLogprobs) -> None:
+        """Take in the prompt's tokens from `start` on, but for those that are known: a prompt may be run twice."""
+        if self.prompt_top is not None:
+            new = max(1 + len(self.prompt_logprobs) - start, 0)  # the first token has none
+            left = [x[new : max(self.prompt_length - start, 0)] for x in found]
+            self.prompt_logprobs += named((left[0], left[1], left[2]), len(left[0]), self.prompt_top)
 
     def generation(self) -> Generation:
         self.text += self.transcript.flush()
@@ -110,10 +133,11 @@ class Output:
             left -= count
         stopped = self.transcript.stopped or (bool(self.tokens) and self.tokens[-1] in self.ends)
         logprobs = None if self.top is None else tuple(self.logprobs)
-        return Generation(list(self.tokens), self.text, lengths, "stop" if stopped else "length", logprobs)
+        reason = "stop" if stopped else "length"
+        return Generation(list(self.tokens), self.text, lengths, reason, logprobs, self._prompt())
 
 
-def _named(found: HostLogprobs, kept: int, count: int) -> list[TokenLogprobs]:
+def named(found: HostLogprobs, kept: int, count: int) -> list[TokenLogprobs]:
     """Of the first `kept` tokens, with the `count` likeliest beside each."""
     own, top, ids = (x[:kept] for x in found)
     each = zip(own.tolist(), ids[:, :count].tolist(), top[:, :count].tolist(), strict=True)

@@ -90,7 +90,8 @@ def _chunk(
     cache, draft_cache, last = carry
     rows = jax.lax.dynamic_slice_in_dim(prompts, i * size, size, axis=1)
     count = jnp.clip(lengths - i * size, 0, size)
-    cache, draft_cache, end = prefill_rows(target, drafter, rows, count, cache, draft_cache)
+    cache, draft_cache, hidden = prefill_rows(target, drafter, rows, count, cache, draft_cache)
+    end = last_rows(hidden, count)
     ends_here = (count > 0) & (lengths <= (i + 1) * size)
     return cache, draft_cache, jnp.where(ends_here[:, None], end, last)
 
@@ -102,11 +103,15 @@ def prefill_rows(
     count: Int[Array, "B"],
     cache: TargetCache,
     draft_cache: DrafterCache | None,
-) -> tuple[TargetCache, DrafterCache | None, Float[Array, "B D"]]:
-    """Commit the first `count[b]` of T known tokens to both caches; also the hidden state of the last one."""
+) -> tuple[TargetCache, DrafterCache | None, Float[Array, "B T D"]]:
+    """Commit the first `count[b]` of T known tokens to both caches; also return the hidden states of all."""
     taps = () if drafter is None else drafter.config.tap_ids
     out, new = target.prefill(rows, count, cache, tap_ids=taps)
     if drafter is not None and draft_cache is not None:
         draft_cache = observe(drafter, draft_cache, out.taps, cache.lengths, count, cache.page_table)
-    end = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return new, draft_cache, end
+    return new, draft_cache, out.hidden
+
+
+def last_rows(hidden: Float[Array, "B T D"], count: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """Return the hidden state of the last of the first `count[b]` rows."""
+    return jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]

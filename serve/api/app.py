@@ -25,7 +25,7 @@ from serve.api.grammars import grammar_of
 from serve.api.metrics import Latencies, make_registry
 from serve.api.replies import EventStream, Extras, Reply, answer
 from serve.api.schemas import Body, ChatBody, CompletionBody
-from serve.api.settings import echoes, engine_requests, made
+from serve.api.settings import engine_requests, made
 from serve.engine import Engine
 from serve.requests import Request as EngineRequest
 
@@ -126,11 +126,12 @@ class _Routes:
     async def complete(self, http: Request) -> Response:
         body, size = await _read(http, CompletionBody, self.model)
         engine, tokenizer, prompts = self.engine, self.engine.pair.tokenizer, body.prompts
-        echo = echoes(body)
         call = await self._start(size, lambda: engine_requests(body, prompts, engine, grammar_of(body)))
-        before = [await off_loop(size, _text, tokenizer, prompt) if echo else "" for prompt in prompts]
-        shown = Shown(made(body), body.n or 1, bool(body.dflash), body.logprobs is not None)
-        reply = CompletionReply(self.model, shown, tokenizer, before)
+        before = [await off_loop(size, _text, tokenizer, prompt) if body.echo else "" for prompt in prompts]
+        shown = Shown(made(body), body.n or 1, bool(body.dflash), body.logprobs, bool(body.echo))
+        reply = CompletionReply(
+            self.model, shown, tokenizer, before, [call.prompt(index) for index in range(len(call.handles))]
+        )
         return await self._answer(http, body, call, reply)
 
     async def _answer(self, http: Request, body: Body, call: Call, reply: Reply) -> Response:

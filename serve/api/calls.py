@@ -87,6 +87,10 @@ class Call:
         async for _ in self.events():
             pass
 
+    def prompt(self, index: int) -> list[int]:
+        """Return the ids of a request's prompt."""
+        return [token for token in self.handles[index].request.prompt if isinstance(token, int)]
+
     def usage(self, choices: int, running: bool = False) -> dict[str, Any]:
         """Return OpenAI's `usage`, with `choices` requests for each prompt: of all that has ended, or of all so far."""
         if running:

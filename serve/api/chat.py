@@ -89,9 +89,8 @@ class ChatReply(Reply):
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, model: str, body: ChatBody, tokenizer: Tokenizer, prompt: Prompt):
-        super().__init__(model, body.n or 1)
+        super().__init__(model, body.n or 1, tokenizer)
         schemas = {tool.function.name: tool.function.parameters or {} for tool in may_call(body)}
-        self._tokenizer = tokenizer
         self._parsers = [ToolCalls(schemas) for _ in range(self.choices)] if schemas else None
         self._one_call = body.parallel_tool_calls is False
         self._drafts = [Drafts(tokenizer) for _ in range(self.choices)] if body.dflash else None
@@ -110,7 +109,7 @@ class ChatReply(Reply):
 
     def piece(self, index: int, piece: Piece) -> list[Choice]:
         choices = self._deltas(index, *self._split(index, piece.text))
-        if (found := chat_logprobs(self._tokenizer, piece)) is not None:
+        if (found := chat_logprobs(self.tokenizer, piece)) is not None:
             choices = choices or [self._delta(index, {"content": ""})]
             choices[-1]["logprobs"] = found
         if self._drafts:  # of the text as the model wrote it, thoughts and tool calls and all
@@ -157,9 +156,9 @@ class ChatReply(Reply):
             message["reasoning_content"] = thought
         if calls:
             message["tool_calls"] = calls
-        more = {"dflash": whole(self._tokenizer, pieces)} if self._drafts else {}
+        more = {"dflash": whole(self.tokenizer, pieces)} if self._drafts else {}
         reason = self._reason(generation, len(calls))
-        likely = joined([chat_logprobs(self._tokenizer, piece) for piece in pieces])
+        likely = joined([chat_logprobs(self.tokenizer, piece) for piece in pieces])
         return {"index": index, "message": message, "logprobs": likely, "finish_reason": reason, **more}
 
     def _reason(self, generation: Generation, calls: int) -> str:

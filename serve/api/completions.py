@@ -1,6 +1,6 @@
 """/v1/completions: prompts as they are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ class Shown:
     made: int
     choices: int  # the likeliest of these
     drafts: bool
-    logprobs: bool
+    logprobs: int | None
+    echo: bool
 
 
 class CompletionReply(Reply):
@@ -27,13 +28,15 @@ class CompletionReply(Reply):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, model: str, shown: Shown, tokenizer: Tokenizer, echo: list[str]):
-        """`echo`: the text before each prompt's completions."""
-        super().__init__(model, shown.made)
-        self._tokenizer, self._shown, self._echo = tokenizer, shown, echo
+    def __init__(
+        self, model: str, shown: Shown, tokenizer: Tokenizer, echo: list[str], prompts: Sequence[Sequence[int]]
+    ):
+        """`echo`: the text before each prompt's completions. `prompts`: the ids of each choice's."""
+        super().__init__(model, shown.made, tokenizer)
+        self._shown, self._echo, self._prompts = shown, echo, prompts
         count = shown.made * len(echo)
         self._drafts = [Drafts(tokenizer) for _ in range(count)] if shown.drafts else None
-        self._logprobs = [CompletionLogprobs(tokenizer, len(echo[i // shown.made])) for i in range(count)]
+        self._logprobs = [CompletionLogprobs(tokenizer) for _ in range(count)]
 
     def kept(self, generations: Mapping[int, Generation]) -> list[int]:
         made, choices = self._shown.made, self._shown.choices
@@ -53,8 +56,17 @@ class CompletionReply(Reply):
         more = {} if dflash is None else {"dflash": dflash}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason, **more}
 
-    def _likely(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        return self._logprobs[index].follow(piece) if self._shown.logprobs else None
+    def _likely(self, index: int, found: Piece | Generation) -> dict[str, Any] | None:
+        """Return log-probabilities of a piece, or at the end of what no piece has brought: the prompt's come first."""
+        if self._shown.logprobs is None:
+            return None
+        follower, parts = self._logprobs[index], []
+        if self._shown.echo and not follower.begun and found.prompt_logprobs is not None:
+            text = self._echo[index // self.choices]
+            parts.append(follower.prompt(self._prompts[index], found.prompt_logprobs, self._shown.logprobs, text))
+        if isinstance(found, Piece):
+            parts.append(follower.follow(found))
+        return joined(parts)
 
     def begin(self, index: int) -> list[Choice]:
         before = self._echo[index // self.choices]
@@ -67,10 +79,10 @@ class CompletionReply(Reply):
 
     def end(self, index: int, generation: Generation) -> list[Choice]:
         dflash = self._drafts[index].rest() if self._drafts else None
-        return [self._choice(index, "", generation.finish_reason, dflash)]
+        return [self._choice(index, "", generation.finish_reason, dflash, self._likely(index, generation))]
 
     def whole(self, index: int, pieces: list[Piece], generation: Generation) -> Choice:
-        dflash = whole(self._tokenizer, pieces) if self._drafts else None
+        dflash = whole(self.tokenizer, pieces) if self._drafts else None
         text = self._echo[index // self.choices] + generation.text
-        found = joined([self._likely(index, piece) for piece in pieces])
+        found = joined([self._likely(index, part) for part in (*pieces, generation)])
         return self._choice(index, text, generation.finish_reason, dflash, found)

@@ -34,22 +34,33 @@ def _entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, Any]:
 class CompletionLogprobs:
     """Follows the pieces of one completion, whose tokens' places in the text are told too."""
 
-    def __init__(self, tokenizer: Tokenizer, before: int):
-        """`before`: characters that the answer has before the completion."""
-        self._tokenizer, self._stream, self._offset = tokenizer, TextStream(tokenizer), before
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._stream, self._offset = tokenizer, TextStream(tokenizer), 0
+        self.begun = False
+
+    def prompt(self, ids: Sequence[int], found: Sequence[TokenLogprobs], count: int, text: str) -> dict[str, Any]:
+        """Return what an echoed prompt adds: none for its first token, and each other's own among the likely ones."""
+        tops = [
+            TokenLogprobs(one.logprob, ((token, one.logprob), *one.top[:count]))
+            for token, one in zip(ids[1:], found, strict=True)
+        ]
+        entries = self._entries(ids, [None, *tops])
+        self._offset, self._stream = len(text), TextStream(self._tokenizer)
+        return entries
 
     def follow(self, piece: Piece) -> dict[str, Any] | None:
         """What a piece adds; None where it was not asked for."""
-        if piece.logprobs is None:
-            return None
-        offsets = []
-        for token in piece.tokens:
+        return None if piece.logprobs is None else self._entries(piece.tokens, piece.logprobs)
+
+    def _entries(self, tokens: Sequence[int], found: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
+        offsets, self.begun = [], True
+        for token in tokens:
             offsets.append(self._offset)
             self._offset += len(self._stream.push(token))
         return {
-            "tokens": [token_text(self._tokenizer, token) for token in piece.tokens],
-            "token_logprobs": [max(found.logprob, LEAST) for found in piece.logprobs],
-            "top_logprobs": [self._top(found) for found in piece.logprobs],
+            "tokens": [token_text(self._tokenizer, token) for token in tokens],
+            "token_logprobs": [None if one is None else max(one.logprob, LEAST) for one in found],
+            "top_logprobs": [None if one is None else self._top(one) for one in found],
             "text_offset": offsets,
         }
 
@@ -57,6 +68,22 @@ class CompletionLogprobs:
         """By text; of tokens that look alike, the likeliest."""
         pairs = reversed(found.top)
         return {token_text(self._tokenizer, token): max(value, LEAST) for token, value in pairs}
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, ids: Sequence[int], found: Sequence[TokenLogprobs], count: int
+) -> list[dict[str, Any] | None]:
+    """Return those of a prompt as vLLM has them: by token id, each token's own first; null for the first token."""
+
+    def entry(token: int, value: float, rank: int | None) -> tuple[str, dict[str, Any]]:
+        text = token_text(tokenizer, token)
+        return str(token), {"logprob": max(value, LEAST), "rank": rank, "decoded_token": text}
+
+    def named(token: int, one: TokenLogprobs) -> dict[str, Any]:
+        likely = [entry(other, value, rank) for rank, (other, value) in enumerate(one.top[:count], 1)]
+        return dict([entry(token, one.logprob, None), *likely])
+
+    return [None, *(named(token, one) for token, one in zip(ids[1:], found, strict=True))]
 
 
 def joined(parts: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:

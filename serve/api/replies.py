@@ -12,8 +12,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dflash_jax.decoding.output import Generation, Piece
+from dflash_jax.text import Tokenizer
 from serve.api.calls import Call, Gone, unless_gone
 from serve.api.errors import ApiError, error_object
+from serve.api.probabilities import prompt_logprobs
 from serve.api.schemas import Body, StreamOptions
 
 Choice = dict[str, Any]
@@ -26,12 +28,13 @@ class Extras:
     usage: bool = False  # at the end of a stream
     running_usage: bool = False  # and in every chunk of it
     token_ids: bool = False  # of the prompt and of what was made
+    prompt_logprobs: int | None = None  # how many likely tokens beside each of the prompt's
 
     @classmethod
     def of(cls, body: Body) -> "Extras":
         options = body.stream_options or StreamOptions()
         running = bool(options.continuous_usage_stats)
-        return cls(options.include_usage or running, running, bool(body.return_token_ids))
+        return cls(options.include_usage or running, running, bool(body.return_token_ids), body.prompt_logprobs)
 
 
 class Reply:
@@ -40,9 +43,9 @@ class Reply:
     kind = chunk_kind = ""  # the `object` of a whole answer, and of a part
     prefix = ""  # of its id
 
-    def __init__(self, model: str, choices: int):
+    def __init__(self, model: str, choices: int, tokenizer: Tokenizer):
         """`choices` are made for each prompt."""
-        self.choices = choices
+        self.choices, self.tokenizer = choices, tokenizer
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def begin(self, index: int) -> list[Choice]:
@@ -91,14 +94,22 @@ async def answer(http: HttpRequest, call: Call, reply: Reply, extras: Extras) ->
         call.close()
     choices = []
     for shown, index in enumerate(reply.kept(call.generations)):
-        ids = {"token_ids": call.generations[index].tokens, **_prompt_ids(call, index)} if extras.token_ids else {}
-        choices.append(reply.whole(index, pieces[index], call.generations[index]) | {"index": shown} | ids)
-    more = _prompt_ids(call, 0) if extras.token_ids else {}
+        ids = {"token_ids": call.generations[index].tokens} if extras.token_ids else {}
+        told = {"index": shown, **ids, **_of_prompt(call, reply, index, extras)}
+        choices.append(reply.whole(index, pieces[index], call.generations[index]) | told)
+    more = _of_prompt(call, reply, 0, extras)
     return JSONResponse(reply.answer(choices, call.usage(reply.choices)) | more)
 
 
-def _prompt_ids(call: Call, index: int) -> dict[str, Any]:
-    return {"prompt_token_ids": list(call.handles[index].request.prompt)}
+def _of_prompt(call: Call, reply: Reply, index: int, extras: Extras) -> dict[str, Any]:
+    """Return what is told of a choice's prompt; vLLM does so in a completion's choices, and beside those of a chat."""
+    ids, told = call.prompt(index), {}
+    if extras.token_ids:
+        told["prompt_token_ids"] = ids
+    if extras.prompt_logprobs is not None:
+        found = call.generations[index].prompt_logprobs or ()
+        told["prompt_logprobs"] = prompt_logprobs(reply.tokenizer, ids, found, extras.prompt_logprobs)
+    return told
 
 
 class EventStream(StreamingResponse):
@@ -129,7 +140,7 @@ async def _events(call: Call, reply: Reply, extras: Extras) -> AsyncIterator[str
 
     try:
         for index in range(len(call.handles)):
-            first = _prompt_ids(call, index) if extras.token_ids else {}
+            first = _of_prompt(call, reply, index, extras)
             for chunk in chunks(index, [choice | first for choice in reply.begin(index)], **first):
                 yield chunk
         async for index, event in call.events():

@@ -73,6 +73,7 @@ class Body(Part):
     truncate_prompt_tokens: Whole | None = Field(None, ge=1)  # so many of the prompt's last ones
     cache_salt: str | None = Field(None, max_length=256)  # only prompts with the same one share a prefix
     return_token_ids: bool | None = None
+    prompt_logprobs: Whole | None = None  # how many likely tokens to name beside each of the prompt's
     dflash: bool | None = None  # ours: which tokens were drafted, and how many were accepted in each round
     min_tokens: Whole | None = None
     response_format: dict[str, Any] | None = None
@@ -113,6 +114,8 @@ class Body(Part):
         if unknown:
             names = ", ".join(sorted(name[:40] for name in unknown)[:5])
             raise ValueError(f"this server does not know {names}; leave it out, or look for its name in the README")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs are not told in a stream; leave stream out, or echo with logprobs")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options were given without stream: true; leave one out or give both")
         return self

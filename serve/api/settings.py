@@ -34,6 +34,7 @@ def engine_requests(body: Body, prompts: Sequence[Prompt], engine: Engine, gramm
         "max_new_tokens": _most_tokens(body, longest),
         "min_tokens": body.min_tokens or 0,
         "logprobs": _likely_tokens(body),
+        "prompt_logprobs": prompt_tokens_named(body),
         "grammar": grammar,
         "ignore_eos": bool(body.ignore_eos),
         "cache_salt": body.cache_salt or "",
@@ -87,8 +88,7 @@ def _likely_tokens(body: Body) -> int | None:
     return (ranked if body.logprobs is None else body.logprobs) if isinstance(body, CompletionBody) else None
 
 
-def echoes(body: CompletionBody) -> bool:
-    """Whether prompts are repeated before their completions. InputError where that cannot be."""
-    if body.echo and body.max_tokens == 0:
-        raise InputError("max_tokens is 0, with echo; this server has to complete at least one token")
-    return bool(body.echo)
+def prompt_tokens_named(body: Body) -> int | None:
+    """Return how many likely tokens are to be named beside each of the prompt's; None: no log-probabilities of it."""
+    echoed = body.logprobs if isinstance(body, CompletionBody) and body.echo else None
+    return max((count for count in (body.prompt_logprobs, echoed) if count is not None), default=None)

@@ -30,9 +30,10 @@ def test_a_completion_s_log_probabilities_are_those_of_the_target(served, client
     ids = pair.tokenizer.encode(PROMPT)
     logits = np.asarray(pair.logits(np.array([ids + tokens])))[0, len(ids) - 1 : -1].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    np.testing.assert_allclose(found.token_logprobs, expected[np.arange(20), tokens], atol=1e-4)
-    assert all(len(top) == 3 for top in found.top_logprobs)
-    np.testing.assert_allclose([max(top.values()) for top in found.top_logprobs], expected.max(-1), atol=1e-4)
+    np.testing.assert_allclose(found.token_logprobs[len(ids) :], expected[np.arange(20), tokens], atol=1e-4)
+    tops = found.top_logprobs[len(ids) :]
+    assert all(len(top) == 3 for top in tops)
+    np.testing.assert_allclose([max(top.values()) for top in tops], expected.max(-1), atol=1e-4)
     for text, offset in zip(found.tokens, found.text_offset, strict=True):
         assert choice.text[offset:].startswith(text)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve.api.schemas import ChatBody, CompletionBody
 from serve.grammar import MOST_TEXT
 from tests.serve.servers import MODEL
 
@@ -119,41 +120,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = st.sampled_from(
-    [
-        "messages",
-        "tools",
-        "tool_choice",
-        "response_format",
-        "structured_outputs",
-        "stop",
-        "logit_bias",
-        "n",
-        "seed",
-        "top_k",
-        "top_p",
-        "min_p",
-        "temperature",
-        "regex",
-        "ebnf",
-        "bad_words",
-        "allowed_token_ids",
-        "truncate_prompt_tokens",
-        "cache_salt",
-        "stop_token_ids",
-        "stream_options",
-        "logprobs",
-        "top_logprobs",
-        "parallel_tool_calls",
-        "chat_template_kwargs",
-        "reasoning_effort",
-        "prompt",
-        "best_of",
-        "echo",
-        "suffix",
-        "min_tokens",
-    ]
-)
+FIELDS = st.sampled_from(sorted({*ChatBody.model_fields, *CompletionBody.model_fields} - {"model", "stream"}))
 SCHEMAS = st.fixed_dictionaries(
     {"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": VALUES})}
 )

@@ -15,7 +15,7 @@ SHAPES = ((1, 4), (3, 4), (1, 16))
 def running(order: int, left: int) -> Running:
     """A request in a slot, with so many tokens left to prefill."""
     unused: Any = None
-    output: Any = SimpleNamespace(tokens=[])
+    output: Any = SimpleNamespace(tokens=[], prompt_top=None)
     r = Running(unused, order, [0] * 50, 60, unused, unused, output, unused, slot=order)
     r.goal, r.prefilled = 50, 50 - left
     return r
