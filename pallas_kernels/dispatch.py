@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import jax
 
+from pallas_kernels.by_device import by_device
+
 Implementation = Literal["reference", "tpu", "gpu"]
 
 
@@ -19,9 +21,10 @@ def dispatch(
     gpu: Callable[..., Any] | None = None,
     **options: Hashable,
 ) -> Any:
-    """Call the implementation asked for, or that of the platform (`jax.lax.platform_dependent`: decided in lowering).
+    """Call the implementation asked for, or that of the device: both are decided when the program is lowered.
 
-    An implementation that is None does not take these shapes or options: its platform runs the reference.
+    The `gpu` one is taken on cards that run it (see `pallas_kernels.by_device`); others run the reference. An
+    implementation that is None does not take these shapes or options: its platform runs the reference.
     ValueError if such a one is asked for by name. Give functions of a module, which the layers of a model share.
     """
     chosen = {"reference": reference, "tpu": tpu, "gpu": gpu}
@@ -31,7 +34,14 @@ def dispatch(
         raise ValueError(f"implementation is {implementation!r}; give one of {', '.join(chosen)}, or None")
     if (call := chosen[implementation]) is None:
         raise ValueError(f"the {implementation} implementation does not take these shapes; give implementation=None")
+    if implementation == "gpu":
+        return by_device(_name(call), partial(call, **options), None)(*arguments)
     return call(*arguments, **options)
+
+
+def _name(kernel: Callable[..., Any]) -> str:
+    """Return the folder of a kernel."""
+    return kernel.__module__.split(".")[1]
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -39,8 +49,12 @@ def _by_platform(
     arguments: tuple[Any, ...], reference: Callable[..., Any], tpu: Any, gpu: Any, options: tuple[tuple[str, Any], ...]
 ) -> Any:
     """Jitted, so that what is alike in all layers is traced and lowered once: a kernel for GPUs takes half a second."""
-    kernels = {name: partial(kernel, **dict(options)) for name, kernel in (("tpu", tpu), ("cuda", gpu)) if kernel}
     default = partial(reference, **dict(options))
+    kernels: dict[str, Callable[..., Any]] = {}
+    if tpu is not None:
+        kernels["tpu"] = partial(tpu, **dict(options))
+    if gpu is not None:
+        kernels["cuda"] = by_device(_name(gpu), partial(gpu, **dict(options)), default)
     return jax.lax.platform_dependent(*arguments, default=default, **kernels) if kernels else default(*arguments)
 
 

@@ -1,0 +1,91 @@
+"""A kernel where the device that a program is lowered for can run it, and the reference elsewhere.
+
+`jax.lax.platform_dependent` tells "cuda" from "tpu", not one generation of cards from another. The devices are known
+when a program is lowered, and so compile-only devices are looked at, not those of this machine.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
+
+HOPPER = "9.0"  # compute capability of the cards that Mosaic GPU kernels with WGMMA run on: H100, H200, GH200
+MUTABLE = "InternalMutableArrayEffect"  # of a kernel that is given references; it ends where they do
+log = logging.getLogger("pallas_kernels")
+
+by_device_p = Primitive("by_device")
+by_device_p.multiple_results = True
+
+
+def by_device(name: str, kernel: Callable[..., Any], reference: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return a function that is `kernel` on cards that run it, and `reference` on others of its platform.
+
+    Both take and give the same arrays. Without a reference, lowering for a card that does not run the kernel is a
+    ValueError.
+    """
+
+    def call(*arguments: Any) -> Any:
+        flat, tree = jax.tree.flatten(arguments)
+        made: Any = jax.make_jaxpr(lambda *x: kernel(*tree.unflatten(x)), return_shape=True)(*flat)
+        own, shapes = made
+        if any(type(effect).__name__ != MUTABLE for effect in own.effects):  # the interpreter's, which needs no card
+            return kernel(*arguments)
+        other = None if reference is None else jax.make_jaxpr(lambda *x: reference(*tree.unflatten(x)))(*flat)
+        out = by_device_p.bind(*flat, name=name, kernel=own, reference=other)
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+    return call
+
+
+def runs_kernels(devices: Sequence[Any]) -> bool:
+    """Return whether devices run kernels that are made for Hopper.
+
+    A program that is exported where there is no GPU is made for no card that is known: for Hopper, as Mosaic does.
+    """
+    cards = [device for device in devices if device.platform != "cpu"]
+    return all(getattr(device, "compute_capability", None) == HOPPER for device in cards)
+
+
+@cache
+def _say(name: str, kind: str, kernel: bool) -> None:
+    """Log, once a kernel and kind of device, which implementation is taken."""
+    if kernel:
+        log.info("%s on %s: the kernel", name, kind)
+    else:
+        log.warning("%s on %s: the reference, as the kernel is made for H100 and H200", name, kind)
+
+
+def _lower(ctx: Any, *values: Any, name: str, kernel: ClosedJaxpr, reference: ClosedJaxpr | None) -> Any:
+    backend = ctx.module_context.backend
+    devices = () if backend is None else backend.devices()
+    chosen = kernel if runs_kernels(devices) else reference
+    kind = devices[0].device_kind if devices else "a device that is not known"
+    if chosen is None:
+        raise ValueError(
+            f"{name}: implementation 'gpu' is made for H100 and H200, not for {kind}; give implementation=None"
+        )
+    _say(name, kind, chosen is kernel)
+    return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *values)
+
+
+def _lower_kernel(ctx: Any, *values: Any, name: str, kernel: ClosedJaxpr, reference: ClosedJaxpr | None) -> Any:
+    """Lower the kernel where there is no card to look at: it is interpreted."""
+    return mlir.lower_fun(jaxpr_as_fun(kernel), multiple_results=True)(ctx, *values)
+
+
+def _batch(values: Any, axes: Any, *, name: str, kernel: ClosedJaxpr, reference: ClosedJaxpr | None) -> Any:
+    both = (None if jaxpr is None else jax.vmap(jaxpr_as_fun(jaxpr), axes) for jaxpr in (kernel, reference))
+    own, other = both
+    out = by_device(name, own, other)(*values)  # pyrefly: ignore[bad-argument-type]
+    return out, [0] * len(out)
+
+
+by_device_p.def_abstract_eval(lambda *_, name, kernel, reference: kernel.out_avals)
+by_device_p.def_impl(lambda *values, **given: jax.jit(lambda *x: by_device_p.bind(*x, **given))(*values))
+batching.primitive_batchers[by_device_p] = _batch
+mlir.register_lowering(by_device_p, _lower_kernel)
+mlir.register_lowering(by_device_p, _lower, platform="cuda")
