@@ -162,7 +162,7 @@ def _train_parser() -> ArgumentParser:
     parser.add_argument("what", choices=("drafter", "responses"), help="drafter, or responses: its first part alone")
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run, as described in docs/training.md")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to it, as training.loop.steps=100")
-    parser.add_argument("--check", action="store_true", help="read and print the whole configuration, and stop")
+    parser.add_argument("--check", action="store_true", help="read, print and check the whole configuration, and stop")
     return parser
 
 

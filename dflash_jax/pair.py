@@ -15,14 +15,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dflash_jax import compilation_cache
-from dflash_jax.checkpoints import load_drafter, load_target
+from dflash_jax.checkpoints import load_drafter, load_drafter_config, load_target
 from dflash_jax.checkpoints.mask_embedding import FILE as MASK_EMBEDDING
-from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.config import DrafterConfig, TargetConfig, load_config
 from dflash_jax.decoding.width import Pace, usual_widths
 from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
-from dflash_jax.sharding import RULES, check_mesh, placement
+from dflash_jax.sharding import RULES, check_layout, check_mesh, placement
 from dflash_jax.text import Tokenizer, load_tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -161,14 +162,23 @@ def load(
         target, drafter = EMBEDDED / "target", EMBEDDED / "drafter"
     folder = find_folder(target, "target")
     compilation_cache.enable()
-    config, model = load_target(folder, dtype, mesh)
+    config = TargetConfig.from_dict(load_config(folder))
+    drafter_folder = None if drafter is None else find_folder(drafter, "drafter")
+    if drafter_folder is not None:
+        _check_drafter(config, load_drafter_config(drafter_folder), mesh)
     tokenizer_folder = EMBEDDED / "tokenizer" if folder == EMBEDDED / "target" else folder
     tokenizer = load_tokenizer(tokenizer_folder, config.vocab_size)
-    if drafter is None:
-        return Pair(model, None, tokenizer, mesh)
-    drafter_config, drafter_model = load_drafter(find_folder(drafter, "drafter"), dtype, mesh)
-    check_fit(config, drafter_config)
-    return Pair(model, drafter_model, tokenizer, mesh)
+    model = load_target(folder, dtype, mesh)[1]
+    return Pair(
+        model, None if drafter_folder is None else load_drafter(drafter_folder, dtype, mesh)[1], tokenizer, mesh
+    )
+
+
+def _check_drafter(target: TargetConfig, drafter: DrafterConfig, mesh: jax.sharding.Mesh | None) -> None:
+    """Refuse a drafter before the target's weights are read, which may take long."""
+    check_fit(target, drafter)
+    if mesh is not None:
+        check_layout(shapes_of(lambda rngs: Drafter(drafter, rngs=rngs)), mesh)
 
 
 def find_folder(name: str | Path, role: str) -> Path:

@@ -117,6 +117,13 @@ def spec(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -
     return PartitionSpec(*placed)
 
 
+def check_layout(model: nnx.Module, mesh: AnyMesh) -> None:
+    """InputError for a mesh that does not divide the parameters of a model, which may be shapes alone."""
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        shape = variable.get_value().shape
+        spec(param_axes(variable, shape), shape, mesh.shape)
+
+
 def placement(axes: Sequence[Axis], shape: Sequence[int], mesh: AnyMesh) -> NamedSharding:
     """`spec` on a mesh; for plans it may be one without devices."""
     return NamedSharding(mesh, spec(axes, shape, dict(mesh.shape)))

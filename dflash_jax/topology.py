@@ -29,6 +29,7 @@ class Chip:
     devices: int = 1  # that jax sees of one chip
     island: int | None = None  # devices that the links join; beyond it the network does
     network_bandwidth: float = 0.0
+    kernels: bool = True  # whether there are kernels for it; else the reference runs
 
 
 CHIPS = {
@@ -43,6 +44,20 @@ CHIPS = {
             Chip(name.lower(), "cuda", 989e12, size, speed, 450e9, 1, NVIDIA.format(name, name), 1, 8, 50e9)
             for name, size, speed in (("H100", 80 * 10**9, 3350e9), ("H200", 141 * 10**9, 4800e9))
         ),
+        Chip(
+            "a100",
+            "cuda",
+            312e12,
+            80 * 10**9,
+            2039e9,
+            300e9,
+            1,
+            NVIDIA.replace("400", "200").format("A100", "A100"),
+            1,
+            8,
+            25e9,
+            kernels=False,
+        ),
     )
 }
 
@@ -50,7 +65,7 @@ CHIPS = {
 KINDS = {
     "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
     "TPU7x": "tpu7x", "TPU v7x": "tpu7x", "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
+    "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100",
 }  # fmt: skip
 
 
@@ -61,19 +76,30 @@ def peak_flops(kind: str) -> float | None:
 
 
 # What the compiler needs to know of a card (xla's GpuTargetConfigProto): CUDA's properties of the SXM5 ones.
-CARDS = {
-    "h100": ("NVIDIA H100 80GB HBM3", 3352320000000, 84978434048),
-    "h200": ("NVIDIA H200", 4806200000000, 150754820096),
+HOPPER = {
+    "capability": 9,
+    "core": 233472,
+    "block": 232448,
+    "cores": 132,
+    "units": 128,
+    "cache": 52428800,
+    "clock": 1.98,
+}
+AMPERE = {"capability": 8, "core": 167936, "block": 166912, "cores": 108, "units": 64, "cache": 41943040, "clock": 1.41}
+CARDS: dict[str, dict[str, Any]] = {
+    "h100": HOPPER | {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3352320000000, "size": 84978434048},
+    "h200": HOPPER | {"name": "NVIDIA H200", "bandwidth": 4806200000000, "size": 150754820096},
+    "a100": AMPERE | {"name": "NVIDIA A100-SXM4-80GB", "bandwidth": 2039000000000, "size": 85100000000},
 }
 CUDA_TARGET = """
 gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 }
+  cuda_compute_capability { major: %(capability)d minor: 0 }
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: %(core)d shared_memory_per_block_optin: %(block)d
+  core_count: %(cores)d fpus_per_core: %(units)d
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: %(bandwidth)d l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: %(size)d
+  memory_bandwidth: %(bandwidth)d l2_cache_size: %(cache)d clock_rate_ghz: %(clock).2f device_memory_size: %(size)d
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 }
@@ -125,7 +151,7 @@ class Topology:
         else:
             on_host = math.gcd(self.num_devices, self.chip.island or 1)
             hosts = self.num_devices // on_host
-            card = CUDA_TARGET % dict(zip(("name", "bandwidth", "size"), CARDS[self.chip.name], strict=True))
+            card = CUDA_TARGET % CARDS[self.chip.name]
             options = {"topology_name": "", "topology": f"{hosts}x1x{on_host}", "target_config": card}
         try:
             return list(topologies.get_topology_desc(platform=self.chip.platform, **options).devices)

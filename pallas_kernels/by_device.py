@@ -59,9 +59,14 @@ def _say(name: str, kind: str, kernel: bool) -> None:
         log.warning("%s on %s: the reference, as the kernel is made for H100 and H200", name, kind)
 
 
-def _lower(ctx: Any, *values: Any, name: str, kernel: ClosedJaxpr, reference: ClosedJaxpr | None) -> Any:
+def devices_of(ctx: Any) -> Sequence[Any]:
+    """Return the devices that a program is lowered for, compile-only ones included."""
     backend = ctx.module_context.backend
-    devices = () if backend is None else backend.devices()
+    return () if backend is None else backend.devices()
+
+
+def _lower(ctx: Any, *values: Any, name: str, kernel: ClosedJaxpr, reference: ClosedJaxpr | None) -> Any:
+    devices = devices_of(ctx)
     chosen = kernel if runs_kernels(devices) else reference
     kind = devices[0].device_kind if devices else "a device that is not known"
     if chosen is None:

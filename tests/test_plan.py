@@ -4,6 +4,8 @@ Nothing but the last tests needs a compiler for accelerators.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -274,6 +276,25 @@ def test_what_is_too_large_is_not_compiled():
     result = plan(Request(**BIG, topology="v5e:2x2", mesh="tensor=4"))
     assert result["compiled"] is None
     assert not result["memory"]["fits"]
+
+
+ROUND = """
+import json, sys
+from dflash_jax.plan import Request, plan
+found = plan(Request(target=sys.argv[1], drafter=sys.argv[2], topology="a100:1", context=512, batch=2))
+print(json.dumps(found["compiled"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(CHIPS["a100"]), reason="needs the aot extra")
+def test_a_round_compiles_for_a_card_without_kernels(small):
+    """In a process of its own: the compiler keeps the first card that it sees."""
+    given = [sys.executable, "-c", ROUND, str(small["target"]), str(small["drafter"])]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["memory"]["argument"] > 0
+    assert "gated_delta on NVIDIA A100-SXM4-80GB: the reference" in done.stderr
 
 
 @pytest.mark.parametrize(

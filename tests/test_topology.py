@@ -20,7 +20,7 @@ def test_a_topology_has_as_many_devices_as_jax_sees(text, devices):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("v9:2x2", "unknown chip 'v9'; chips are v5e, v5p, v6e, tpu7x, h100, h200"),
+        ("v9:2x2", "unknown chip 'v9'; chips are v5e, v5p, v6e, tpu7x, h100, h200, a100"),
         ("v5e", "v5e needs a shape of 2 sizes, as in v5e:2x2"),
         ("v5p:2x2", "v5p needs a shape of 3 sizes, as in v5p:2x2x1"),
         ("v5p:2x0x2", "v5p needs a shape"),
@@ -61,7 +61,7 @@ def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch, name):
         parse_topology(name).devices()
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100:8", "h200:8"])
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100:8", "h200:8", "a100:8"])
 def test_compile_only_devices(name):
     topology = parse_topology(name)
     if not has_compiler(topology.chip):

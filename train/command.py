@@ -40,18 +40,20 @@ def command(kind: type[Config], work: Callable[[Config], None]) -> None:
 def train(what: str, config: str, changes: Sequence[str], *, check: bool) -> int:
     """`dflash train drafter` and `dflash train responses`; the exit status, also 0 where SIGTERM ended it early.
 
-    With `check` the configuration is read and printed, and nothing is done.
+    With `check` the configuration is read, printed and checked, and nothing is done.
     """
     keep_memory()
     from train import processes  # imports jax, seconds
 
     if not check:
         processes.join()
+    from train.checks import check_run
     from train.run import DrafterRun, main, respond
 
     run = read_config(DrafterRun, Path(config), changes)
     if check:
-        print(to_yaml(run), end="")
+        print(to_yaml(run), end="", flush=True)
+        check_run(run)
         return 0
     done = (main if what == "drafter" else respond)(run)
     if processes.is_first():

@@ -32,7 +32,7 @@ class RegenerateConfig:
 
     Args:
         drafter: one made for the target, for speed: the responses are the target's own with it or without
-        longest: tokens of the longest prompt; longer ones are left out
+        longest: tokens of the longest prompt; longer ones, and those that the target does not take, are left out
         response: tokens of a response; it ends sooner at an end token
         own_prompts: messages that the target makes up itself, to answer beside data.prompts; takes a chat template
         own_openings: how these begin, in turn, as "Write a Python function"
@@ -62,14 +62,15 @@ class Batch:
     ids: list[int]
 
 
-def plan(lengths: Sequence[int], config: RegenerateConfig, width: int) -> list[Batch]:
+def plan(lengths: Sequence[int], config: RegenerateConfig, width: int, positions: int = 0) -> list[Batch]:
     """All prompts that are not too long, those of similar length together: few shapes, and little padding.
 
     Greedy ones stay apart from drawn ones, so that noise for the vocabulary is made only where it is used.
     """
     groups: dict[tuple[int, bool], list[int]] = {}
+    longest = min(config.longest, positions - 1) if positions else config.longest
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if lengths[i] <= config.longest:
+        if lengths[i] <= longest:
             size = capacity(lengths[i] + config.response + width)
             groups.setdefault((size, is_sampled(config, i)), []).append(i)
     return [
@@ -119,10 +120,11 @@ def regenerate(
     too long.
     """
     width = check_width(pair, True, None)
-    batches = plan(list(map(len, prompts)), config, width)
+    batches = plan(list(map(len, prompts)), config, width, pair.target.config.max_position)
     if not batches:
         raise InputError(
-            f"none of {len(prompts)} prompts has up to {config.longest} tokens; give shorter ones, or a larger longest"
+            f"none of {len(prompts)} prompts has up to {config.longest} tokens, or as many as the target takes; "
+            "give shorter ones, or a larger longest"
         )
     settings = dataclasses.asdict(config).items()  # without those of the prompts, and of what older runs could not set
     facts = {name: value for name, value in settings if value != () and not name.startswith("own_")}

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax.checkpoints import load_target, save_drafter
-from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.target import Target
 from dflash_jax.pair import find_folder
 from dflash_jax.text import Tokenizer, load_tokenizer
+from train.checks import check_run, mask_token
 from train.configuration import to_yaml
 from train.data import Corpus, DataConfig, Documents, Part, split
 from train.drafter import DrafterTraining, Setting, train_drafter
@@ -56,16 +56,6 @@ class DrafterRun:
     training: DrafterTraining = dataclasses.field(default_factory=DrafterTraining)
 
 
-def mask_token(run: DrafterRun, tokenizer: Tokenizer) -> int:
-    """The id that the block's empty rows hold. InputError where none is known."""
-    if run.mask_token is not None:
-        return run.mask_token
-    found = tokenizer.mask_token_id
-    if found is None:
-        raise InputError(f"the tokenizer of {run.target} has no mask token; give mask_token, an id that no text holds")
-    return found
-
-
 def read_documents(run: DrafterRun, tokenizer: Tokenizer, ends: tuple[int, ...]) -> tuple[Documents, Documents]:
     """(to learn from, held out), from the files that the configuration names or the target wrote."""
     data = run.data
@@ -80,7 +70,8 @@ def read_documents(run: DrafterRun, tokenizer: Tokenizer, ends: tuple[int, ...])
 
 
 def main(run: DrafterRun) -> bool:
-    """The command; False if it was stopped before the end."""
+    """The command; False if it was stopped before the end. What can be told is refused before a weight is read."""
+    check_run(run)
     mesh = build_mesh(run.mesh)
     folder = find_folder(run.target, "target")
     tokenizer = load_tokenizer(folder)
@@ -103,6 +94,7 @@ def main(run: DrafterRun) -> bool:
 
 def respond(run: DrafterRun) -> bool:
     """`dflash train responses`: only the target's part; False if it was stopped before the end."""
+    check_run(run)
     return make_responses(run.target, run.out, run.data, run.regenerate, build_own_mesh(run.mesh), run.dtype)
 
 

@@ -18,7 +18,7 @@ from dflash_jax.checkpoints import mxfp4
 from dflash_jax.checkpoints.safetensors_file import DTYPES, Stored
 from dflash_jax.checkpoints.table import Leaf, Piece
 from dflash_jax.errors import InputError
-from dflash_jax.sharding import param_axes, placement
+from dflash_jax.sharding import check_layout, param_axes, placement
 
 Model = TypeVar("Model", bound=nnx.Module)
 _CHUNK_BYTES = 64 * 2**20
@@ -64,6 +64,8 @@ def fill(
         raise RuntimeError(f"the name table and the model differ in {sorted(leaves.keys() ^ paths.keys())}")
     chosen = {path: _choose(folder, leaf, tensors) for path, leaf in leaves.items()}
     _check_tensors(folder, [piece for layout in chosen.values() for piece in layout], tensors)
+    if mesh is not None:
+        check_layout(abstract, mesh)
     for name, path in paths.items():
         variable = flat[path]
         shape = variable.get_value()
