@@ -6,10 +6,11 @@ when a program is lowered, and so compile-only devices are looked at, not those 
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
@@ -24,10 +25,47 @@ by_device_p.multiple_results = True
 def by_device(name: str, kernel: Callable[..., Any], reference: Callable[..., Any] | None) -> Callable[..., Any]:
     """Return a function that is `kernel` on cards that run it, and `reference` on others of its platform.
 
-    Both take and give the same arrays. Without a reference, lowering for a card that does not run the kernel is a
-    ValueError.
+    Both take and give the same arrays, and are differentiated each in its own way. Without a reference, lowering for a
+    card that does not run the kernel is a ValueError.
     """
+    call: Any = jax.custom_vjp(_either(name, kernel, reference))
 
+    def forward(*arguments: Any) -> Any:
+        own = jax.eval_shape(partial(jax.vjp, kernel), *arguments)[1]
+        other = None if reference is None else jax.eval_shape(partial(jax.vjp, reference), *arguments)[1]
+
+        def of_kernel(*given: Any) -> Any:
+            return *jax.vjp(kernel, *given), _zeros(other)
+
+        def of_reference(*given: Any) -> Any:
+            out, pull = jax.vjp(reference or kernel, *given)
+            return out, _zeros(own), pull
+
+        # Each has residuals of its own. Those of the one that is not lowered are zeros that nobody reads.
+        out, *pulls = _either(name, of_kernel, None if reference is None else of_reference)(*arguments)
+        return out, pulls
+
+    def backward(pulls: Any, cotangents: Any) -> Any:
+        def pulled(which: int) -> Callable[..., Any]:
+            return lambda pulls, cotangents: jax.tree.map(_or_none, pulls[which](cotangents))
+
+        chosen = _either(name, pulled(0), None if reference is None else pulled(1))
+        return chosen(pulls, cotangents)
+
+    call.defvjp(forward, backward)
+    return call
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+
+def _or_none(cotangent: Any) -> Any:
+    """Return the cotangent of an array of real numbers; whole ones have none."""
+    return None if cotangent.dtype == jax.dtypes.float0 else cotangent
+
+
+def _either(name: str, kernel: Callable[..., Any], reference: Callable[..., Any] | None) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         flat, tree = jax.tree.flatten(arguments)
         made: Any = jax.make_jaxpr(lambda *x: kernel(*tree.unflatten(x)), return_shape=True)(*flat)
@@ -85,7 +123,7 @@ def _lower_kernel(ctx: Any, *values: Any, name: str, kernel: ClosedJaxpr, refere
 def _batch(values: Any, axes: Any, *, name: str, kernel: ClosedJaxpr, reference: ClosedJaxpr | None) -> Any:
     both = (None if jaxpr is None else jax.vmap(jaxpr_as_fun(jaxpr), axes) for jaxpr in (kernel, reference))
     own, other = both
-    out = by_device(name, own, other)(*values)  # pyrefly: ignore[bad-argument-type]
+    out = _either(name, own, other)(*values)  # pyrefly: ignore[bad-argument-type]
     return out, [0] * len(out)
 
 

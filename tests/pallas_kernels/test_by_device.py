@@ -75,3 +75,26 @@ def test_it_is_mapped_over_and_called_as_other_functions():
     np.testing.assert_array_equal(jax.vmap(called)(x)["y"], x * 2)
     np.testing.assert_array_equal(jax.jit(jax.vmap(called, in_axes=1, out_axes=1))(x)["y"], x * 2)
     np.testing.assert_array_equal(called(x)["y"], x * 2)
+
+
+def slow_cube(x, n):
+    return jnp.sum(x**n) * x
+
+
+@jax.custom_vjp
+def cube(x, n):
+    return slow_cube(x, n)
+
+
+cube.defvjp(lambda x, n: (slow_cube(x, n), (x, n)), lambda given, ct: (jnp.sum(ct) * given[0] * 100, None))
+
+
+def test_each_is_differentiated_in_its_own_way(monkeypatch):
+    """The kernel by a rule of its own, as kernels have it; the reference by jax."""
+    called, x = choose("cubing", cube, slow_cube), jnp.arange(3.0)
+    grad = jax.grad(lambda x: jnp.sum(called(x, 3)))
+    np.testing.assert_allclose(grad(x), 300 * x)  # no card: the kernel
+    hopper = lowered_for(monkeypatch, [card("9.0")], grad, x)
+    ampere = lowered_for(monkeypatch, [card("8.0")], grad, x)
+    assert "1.000000e+02" in hopper and "1.000000e+02" not in ampere
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(jax.vmap(lambda y: called(y, 3))(x[None])))(x), 300 * x)
