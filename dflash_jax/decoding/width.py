@@ -17,7 +17,8 @@ PRIOR_ROUNDS = 0.5  # what all requests have shown counts as much as so many rou
 ROUND_KEEPS, PLAIN_KEEPS = 0.93, 0.9  # of a text's evidence, after each round and each token without drafts
 MARGIN = 1.03  # more rows have to promise this much more than one
 TRIAL_AGAIN = 8  # tokens of a new text between its first trial and its second
-TRIAL_SHARE, TRIALS_SHARE = 0.03, 0.06  # of a text's time for its further trials, and of all time for all trials
+TRIAL_SHARE, TRIALS_SHARE = 0.015, 0.04  # of a text's time for its further trials, and of all time for all trials
+WIDE_ENOUGH = 0.85  # of the best rate with drafts: so much a wider trial may cost, which shows more
 TRIALS_KEPT = 8  # so many trials' time may be saved up
 STALE = 256  # dispatches after which a width is timed again
 MOST_ROUNDS, FEW_ROUNDS = 16, 2  # of a dispatch whose width was chosen, and of one for texts that showed no more yet
@@ -157,15 +158,16 @@ class WidthController:
         return self._load(load).cost.get(width)
 
     def rate(self, load: Hashable, width: int, texts: Sequence[Text | None]) -> float:
-        """Return tokens a second and sequence, the geometric mean; infinite for a width that was never timed.
+        """Return tokens a second and sequence, the harmonic mean; infinite for a width that was never timed.
 
-        That mean is fair: a request that gains little does not pay for one that gains much. None: it cannot draft.
+        So the seconds that requests wait for a token count, and one that gains much hardly makes up for one that loses.
+        None: it cannot draft.
         """
         cost = self.cost(load, width)
         if cost is None:
             return math.inf
-        logs = [0.0 if text is None else math.log(text.expected(width)) for text in texts]
-        return math.exp(sum(logs) / len(logs)) / cost
+        waits = [1.0 if text is None else 1 / text.expected(width) for text in texts]
+        return len(waits) / sum(waits) / cost
 
     def best(self, load: Hashable, texts: Sequence[Text | None], widths: Sequence[int] | None = None) -> int:
         """Return the width of the highest rate; plain decoding where no other promises clearly more."""
@@ -195,7 +197,7 @@ class WidthController:
             return [Group(everyone, self.fixed if self.fixed is not None and any(texts) else widths[0])]
         state, best = self._load(here), self.best(here, texts, widths)
         state.dispatches += 1
-        groups = self._trial(texts, load, best, widths[-1], apart) if best < widths[-1] else None
+        groups = self._trial(texts, load, best, widths[1:], apart) if best < widths[-1] else None
         if groups is None:
             stale = self._stale(state, [width for width in widths if width != best])
             few = best > 1 and any(text is not None and text.rounds < FEW_ROUNDS for text in texts)
@@ -216,11 +218,18 @@ class WidthController:
         return oldest
 
     def _trial(
-        self, texts: Sequence[Text | None], load: Callable[[int], Hashable], best: int, widest: int, apart: bool
+        self,
+        texts: Sequence[Text | None],
+        load: Callable[[int], Hashable],
+        best: int,
+        wider: Sequence[int],
+        apart: bool,
     ) -> list[Group] | None:
-        """Return groups in which requests that are due try the widest rounds; None: nobody is, or there is no time."""
-        now = self.cost(load(len(texts)), best)
-        together = self.cost(load(len(texts)), widest)
+        """Return groups in which requests that are due try drafts; None: nobody is, or there is no time."""
+        here = load(len(texts))
+        rates = {width: self.rate(here, width, texts) for width in wider}
+        widest = max(width for width in wider if rates[width] >= WIDE_ENOUGH * max(rates.values()))
+        now, together = self.cost(here, best), self.cost(here, widest)
         if now is None or together is None:
             return None
         due = tuple(i for i, text in enumerate(texts) if text is not None and text.due((together - now) / now))
