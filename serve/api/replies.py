@@ -130,18 +130,20 @@ class EventStream(StreamingResponse):
 async def _events(call: Call, reply: Reply, extras: Extras) -> AsyncIterator[str]:
     ids: list[list[int]] = [[] for _ in call.handles]  # that no chunk has told yet
 
-    def chunks(index: int, choices: list[Choice], **more: Any) -> Iterator[str]:
+    firsts = [_of_prompt(call, reply, index, extras) for index in range(len(call.handles))]
+
+    def chunks(index: int, choices: list[Choice]) -> Iterator[str]:
         for choice in choices:
-            if extras.token_ids:
-                choice, ids[index] = choice | {"token_ids": ids[index]}, []
+            more, firsts[index] = firsts[index], {}
+            told = {"token_ids": ids[index], **more} if extras.token_ids else {}
+            ids[index] = []
             if extras.usage:
-                more["usage"] = call.usage(reply.choices, running=True) if extras.running_usage else None
-            yield _event(reply.chunk([choice], **more))
+                more = more | {"usage": call.usage(reply.choices, running=True) if extras.running_usage else None}
+            yield _event(reply.chunk([choice | told], **more))
 
     try:
         for index in range(len(call.handles)):
-            first = _of_prompt(call, reply, index, extras)
-            for chunk in chunks(index, [choice | first for choice in reply.begin(index)], **first):
+            for chunk in chunks(index, reply.begin(index)):
                 yield chunk
         async for index, event in call.events():
             if isinstance(event, Piece):

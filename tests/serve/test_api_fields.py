@@ -132,9 +132,9 @@ def test_token_ids(served, client):
     prompt = served.tokenizer.encode(PROMPT)
     choice = complete(client, return_token_ids=True).choices[0]
     assert (choice.prompt_token_ids, choice.token_ids) == (prompt, made)
-    parts = complete(client, return_token_ids=True, stream=True)
     asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-    parts = client.completions.create(**asked, stream=True, extra_body={"return_token_ids": True})
+    parts = list(client.completions.create(**asked, stream=True, extra_body={"return_token_ids": True}))
+    assert parts[0].choices[0].prompt_token_ids == prompt and not hasattr(parts[1].choices[0], "prompt_token_ids")
     assert [token for part in parts for token in part.choices[0].token_ids] == made
     got = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=5, temperature=0, extra_body={"return_token_ids": True}

@@ -6,9 +6,10 @@ import pytest
 
 from dflash_jax.decoding.observe import BACKLOG
 from dflash_jax.decoding.width import Text, WidthController
+from serve.grammar import Grammar
 from serve.requests import Request
 from tests.decoding import pairs
-from tests.serve import engines
+from tests.serve import engines, test_control
 
 NEW = 70
 MANY = 3 + BACKLOG // engines.SMALL.rounds  # dispatches whose plain rounds are more than may be left unread
@@ -143,3 +144,21 @@ def test_each_request_has_its_own_width(monkeypatch, make):
         for (_, taken), count in (engine.controller.rounds - before).items():
             rounds[taken] += count
         assert set(rounds) == {width}
+
+
+def test_rounds_with_a_grammar_have_the_width_that_pays(monkeypatch, make):
+    """As other requests', by an acceptance of their own."""
+    monkeypatch.setattr("tests.serve.engines.pair", lambda family: test_control.pair())
+    engine = make("qwen3", grammar=True)
+    engine.controller.text = lambda grammar=False: Known(engine.controller.bound if grammar else engine.controller.free)
+    engine.controller.observe_cost = lambda *_: None
+    for bucket in engine.config.buckets:
+        engine.controller.assume_costs(engine.config.masked(bucket, 1).load, {1: 1e-3, 4: 2e-3})
+    request = Request([1, 2, 3], max_new_tokens=25, grammar=Grammar("regex", "(a|bc|d[ce]){20,}"))
+    found = []
+    for worth, width in ((1.0, 1), (3.0, 4), (1.0, 1)):
+        Known.worth = worth
+        before = engine.controller.rounds.copy()
+        found.append(engines.run(engine, [request])[0].tokens)
+        assert {taken for _, taken in engine.controller.rounds - before} == {width}
+    assert found[0] == found[1] == found[2]
