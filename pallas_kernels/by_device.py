@@ -20,6 +20,8 @@ log = logging.getLogger("pallas_kernels")
 
 by_device_p = Primitive("by_device")
 by_device_p.multiple_results = True
+# jax need not take the kernels in it apart before lowering: `lower_fun` does that with the one that is chosen.
+by_device_p.is_high = lambda *avals, **given: False  # pyrefly: ignore
 
 
 def by_device(name: str, kernel: Callable[..., Any], reference: Callable[..., Any] | None) -> Callable[..., Any]:
