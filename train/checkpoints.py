@@ -1,7 +1,7 @@
 """Checkpoints of a run, written while it goes on: state, place in the data, and how good it was."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,29 @@ from dflash_jax.errors import InputError
 from train.step import TrainState
 
 BEST = "acceptance_length"
+NAME = "checkpoints"  # the folder of them in that of a run
+
+
+def check_stored(folder: Path, state: TrainState) -> None:
+    """InputError where the newest checkpoint of a run in `folder` has other shapes than `state`, which may be abstract.
+
+    Only what describes the checkpoint is read, and nothing is tidied: a run may be at work there.
+    """
+    stored = [path for path in (folder / NAME).glob("*") if path.name.isdecimal()]
+    if not stored:
+        return
+    newest = max(stored, key=lambda path: int(path.name))
+    have = jax.tree.leaves(ocp.metadata(newest.absolute()).metadata)
+    if _shapes(have) != _shapes(jax.tree.leaves(state)):
+        raise _other(folder / NAME)
+
+
+def _shapes(arrays: Iterable[Any]) -> list[tuple[int, ...]]:
+    return sorted(tuple(array.shape) for array in arrays)
+
+
+def _other(folder: Any) -> InputError:
+    return InputError(f"the checkpoints in {folder} are of another model or optimiser; give a new folder")
 
 
 class Checkpoints:
@@ -25,7 +48,7 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=lambda metrics: metrics[BEST], n=1, keep_checkpoints_without_metrics=False)
         self._checkpointer = ocp.training.Checkpointer(
-            str(folder.absolute() / "checkpoints"),
+            str(folder.absolute() / NAME),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),  # pyrefly: ignore
             cleanup_tmp_directories=True,
         )
@@ -62,10 +85,7 @@ class Checkpoints:
         try:
             restored = cast(TrainState, self._checkpointer.load(step, abstract))
         except (ValueError, KeyError) as error:
-            raise InputError(
-                f"the checkpoints in {self._checkpointer.directory} are of another model or optimiser; "
-                "give a new folder"
-            ) from error
+            raise _other(self._checkpointer.directory) from error
         metadata = cast(dict, self._checkpointer.metadata(step).custom_metadata)
         return restored, json.loads(metadata["data"])
 

@@ -7,7 +7,7 @@ batches, and the state that a checkpoint needs to go on exactly, do not depend o
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import grain
 import numpy as np
@@ -49,7 +49,7 @@ class DataConfig:
     length: int = 3072
     bins: int = 32
     template: dict[str, Any] = dataclasses.field(default_factory=dict)
-    taps: str = "online"
+    taps: Literal["online", "cache"] = "online"
     threads: int = 4
     seed: int = 0
 

@@ -5,6 +5,7 @@ Source of the method: arXiv 2602.06036.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ class Setting:
     start: Path | None = None
 
 
+def check_start(drafter: Path, have: Mapping[Any, nnx.Variable], want: Mapping[Any, nnx.Variable]) -> None:
+    """InputError for parameters, or their shapes, that the drafter to train has no place for."""
+    for path, variable in have.items():
+        if path not in want or want[path].get_value().shape != variable.get_value().shape:
+            name = "/".join(map(str, path))
+            raise InputError(
+                f"start {drafter} has a {name} for which the drafter to train has no place; give its sizes"
+            )
+
+
 def started(state: TrainState, drafter: Path) -> TrainState:
     """A new state whose parameters are those of a drafter, where that has them; the others stay as they are.
 
@@ -81,12 +92,9 @@ def started(state: TrainState, drafter: Path) -> TrainState:
     """
     _, given = load_drafter(drafter, jnp.float32)
     have, want = dict(nnx.to_flat_state(nnx.state(given))), dict(nnx.to_flat_state(state.params))
+    check_start(drafter, have, want)
     for path, variable in have.items():
-        name, value = "/".join(map(str, path)), variable.get_value()
-        if path not in want or want[path].get_value().shape != value.shape:
-            raise InputError(
-                f"start {drafter} has a {name} for which the drafter to train has no place; give its sizes"
-            )
+        value = variable.get_value()
         want[path] = want[path].replace(jax.device_put(value, want[path].get_value().sharding))
     return dataclasses.replace(state, params=nnx.from_flat_state(want))
 

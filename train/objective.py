@@ -208,6 +208,14 @@ def _with_anchor_rows(made: Predictions) -> Predictions:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (1, 0))), made)
 
 
+def check_whole(*, sampled: bool, cached: bool) -> None:
+    """InputError for what leaves the loss "opd" without the distributions that it compares."""
+    if sampled:
+        raise InputError("loss is opd, which compares whole distributions; give vocabulary 0")
+    if cached:
+        raise InputError("loss is opd, which compares with the target's distribution; train it without cached taps")
+
+
 def distances(
     drafter: Drafter, target: Target, scene: Scene, blocks: Blocks, hidden: Float[Array, "B A W D"], chunk: int
 ) -> tuple[Float[Array, "B A W"], Float[Array, "B A W"]]:
@@ -216,10 +224,8 @@ def distances(
     The target's distribution of a row is that along its own response. It is the one that verification meets up to the
     first rejected row; behind it, verification would condition on the wrong draft.
     """
-    if scene.sampled is not None:
-        raise InputError("loss is opd, which compares whole distributions; give vocabulary 0")
-    if scene.hidden is None:
-        raise InputError("loss is opd, which compares with the target's distribution; train it without cached taps")
+    check_whole(sampled=scene.sampled is not None, cached=scene.hidden is None)
+    assert scene.hidden is not None
     B, A, W = blocks.labels.shape
     before = jnp.minimum(blocks.anchors[..., None] + jnp.arange(W - 1), scene.tokens.shape[1] - 1)
     taught = jnp.take_along_axis(scene.hidden, before.reshape(B, -1, 1), 1).reshape(B, A, W - 1, -1)

@@ -15,7 +15,6 @@ from flax import nnx
 
 from dflash_jax.abstract import Abstract, Leaf
 from dflash_jax.config import DrafterConfig, TargetConfig
-from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
@@ -23,7 +22,7 @@ from dflash_jax.roofline import ITEM, Part, mixer_name, mlp_name
 from dflash_jax.sharding import AnyMesh, placement, state_shardings
 from train.objective import Objective, drafter_terms
 from train.optimizer import OptimizerConfig, make_optimizer
-from train.step import init_state, make_step
+from train.step import check_parts, init_state, make_step
 
 WORDS = 7  # fp32 numbers that AdamW moves for a parameter: reads it, its gradient and two moments, and writes three
 
@@ -54,11 +53,7 @@ def build(
     the result calls its cache is the optimiser's state. InputError for a mesh that does not divide models or batch.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % (ways * config.parts):
-        raise InputError(
-            f"the batch is {batch} sequences, which the mesh's data x fsdp = {ways} and {config.parts} micro batches "
-            f"do not divide; give a multiple of {ways * config.parts}"
-        )
+    check_parts(batch, config.parts, ways)
     graph, params = nnx.split(shapes_of(lambda rngs: Drafter(drafter, dtype=jnp.float32, rngs=rngs)))
     frozen_graph, frozen = nnx.split(shapes_of(lambda rngs: Target(target, dtype=jnp.bfloat16, rngs=rngs)))
     optimizer = make_optimizer(config.optimizer, 1000)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dflash_jax.errors import InputError
 
+MADE_FROM = "made_from.json"  # in a folder: what `claim` has written down
 _SCAN = 1 << 26  # bytes looked through at once for line breaks
 
 
@@ -81,6 +82,18 @@ def write_responses(path: Path, responses: Iterable[Response]) -> None:
     part.replace(path)
 
 
+def check_claim(path: Path, facts: dict[str, Any], what: str, unknown: Sequence[str] = ()) -> None:
+    """InputError for a folder that `claim` has given to other facts, but for those that are not known yet."""
+    if not path.exists():
+        return
+    found, given = json.loads(path.read_text()), json.loads(json.dumps(facts))
+    names = (found.keys() | given.keys()) - set(unknown)
+    if different := sorted(name for name in names if found.get(name) != given.get(name)):
+        raise InputError(
+            f"{path.parent} holds {what} made with another {', '.join(different)}; give a new folder, or remove it"
+        )
+
+
 def claim(path: Path, facts: dict[str, Any], what: str) -> None:
     """Writes down what a folder is made from, or checks that it is the same; InputError where it differs.
 
@@ -88,12 +101,7 @@ def claim(path: Path, facts: dict[str, Any], what: str) -> None:
     """
     text = json.dumps(facts, indent=1, sort_keys=True)
     if path.exists():
-        found = json.loads(path.read_text())
-        different = sorted(key for key in found.keys() | facts.keys() if found.get(key) != json.loads(text).get(key))
-        if different:
-            raise InputError(
-                f"{path.parent} holds {what} made with another {', '.join(different)}; give a new folder, or remove it"
-            )
+        check_claim(path, facts, what)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from dflash_jax.pair import Pair
 from train.data import generator
 from train.processes import Share, barrier
 from train.progress import bar
-from train.records import Response, claim, write_responses
+from train.records import MADE_FROM, Response, claim, write_responses
 from train.stopping import listen
 
 
@@ -111,6 +112,12 @@ def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def settings(config: RegenerateConfig, width: int) -> dict[str, Any]:
+    """Return what responses depend on, beside the prompts; without what older runs could not set."""
+    given = dataclasses.asdict(config).items()
+    return {name: value for name, value in given if value != () and not name.startswith("own_")} | {"width": width}
+
+
 def regenerate(
     pair: Pair, prompts: Sequence[Sequence[int]], config: RegenerateConfig, folder: Path, what: str = "responses"
 ) -> bool:
@@ -126,10 +133,8 @@ def regenerate(
             f"none of {len(prompts)} prompts has up to {config.longest} tokens, or as many as the target takes; "
             "give shorter ones, or a larger longest"
         )
-    settings = dataclasses.asdict(config).items()  # without those of the prompts, and of what older runs could not set
-    facts = {name: value for name, value in settings if value != () and not name.startswith("own_")}
-    facts |= {"prompts": fingerprint(prompts), "width": width}
-    claim(folder / "made_from.json", facts, what)
+    facts = settings(config, width) | {"prompts": fingerprint(prompts)}
+    claim(folder / MADE_FROM, facts, what)
     share = Share.of(pair.mesh)
     for k, responses in _written(pair, prompts, config, batches, share, folder, what):
         if share.writes:

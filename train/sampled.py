@@ -33,16 +33,21 @@ class SampledVocabulary:
         return jnp.searchsorted(self.ids, ids).astype(jnp.int32)
 
 
+def check_size(size: int, tokens: int, vocab: int, ways: int) -> None:
+    """InputError for a size that `sample_vocabulary` does not take of so many tokens, on a mesh that cuts it so."""
+    if not tokens < size < vocab or size % ways:
+        raise InputError(
+            f"the vocabulary of a step is {size} tokens; give more than the {tokens} of its rows, fewer than the "
+            f"model's {vocab}, and a multiple of {ways}, or 0 for all"
+        )
+
+
 def sample_vocabulary(key: Array, tokens: Int[Array, "B T"], size: int, vocab: int) -> SampledVocabulary:
     """All of `tokens`, and so many others that there are `size`, of the ids below `vocab`.
 
     InputError for a size that is not enough for any tokens, is more than there are, or that the mesh does not divide.
     """
-    if not tokens.size < size < vocab or size % shards("vocab"):
-        raise InputError(
-            f"the vocabulary of a step is {size} tokens; give more than the {tokens.size} of its rows, fewer than the "
-            f"model's {vocab}, and a multiple of {shards('vocab')}, or 0 for all"
-        )
+    check_size(size, tokens.size, vocab, shards("vocab"))
     there = jnp.zeros(vocab, bool).at[tokens].set(True)
     order = jnp.where(there, 1.0, jax.random.uniform(key, (vocab,)))
     ids = jnp.sort(jax.lax.top_k(order, size)[1])

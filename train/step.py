@@ -118,6 +118,15 @@ def _in_parts(loss: Loss, params: Pytree, frozen: Pytree, batch: Pytree, parts: 
     return terms, metrics, jax.tree.map(lambda each: jnp.tensordot(shares, each, 1), gradients)
 
 
+def check_parts(batch: int, parts: int, ways: int) -> None:
+    """InputError for a batch that micro batches, each spread over so many devices, do not divide."""
+    if batch % (ways * parts):
+        raise InputError(
+            f"the batch is {batch} sequences, which the mesh's data x fsdp = {ways} and {parts} micro batches "
+            f"do not divide; give a multiple of {ways * parts}"
+        )
+
+
 def split(batch: Pytree, parts: int) -> Pytree:
     """Micro batches along a new leading axis, each with every `parts`-th sequence, so that no device gives any away.
 

@@ -23,7 +23,7 @@ from dflash_jax.text import Tokenizer
 from train.data import Batch, Documents, learnable
 from train.processes import Share, barrier
 from train.progress import bar
-from train.records import claim
+from train.records import MADE_FROM, claim
 from train.regenerate import fingerprint
 from train.stopping import listen
 
@@ -99,7 +99,7 @@ def make_taps(
         "target": target.config.to_dict(),
         "documents": fingerprint([documents[i]["tokens"].tolist() for i in range(len(documents))]),
     }
-    claim(folder / "made_from.json", facts, "taps")
+    claim(folder / MADE_FROM, facts, "taps")
     share = Share.of(mesh)
     missing = [k for k in cache.missing(len(documents)) if k % share.count == share.index]
     barrier("missing taps")
