@@ -219,14 +219,20 @@ def _generate(options: GenerateOptions) -> int:
 
     import dflash_jax  # seconds
 
+    def load() -> Any:
+        def check(pair: Any) -> None:
+            dflash_jax.stream(pair, prompt, **settings, draft=options.draft)  # refuses, but does not begin
+
+        return dflash_jax.load(options.target, options.drafter, check=check)
+
     if options.json:
-        pair = dflash_jax.load(options.target, options.drafter)
+        pair = load()
         facts = _facts(*_stream(pair, prompt, settings | {"draft": options.draft}))
         print(json.dumps(facts | (_compare(pair, prompt, settings) if options.compare else {})))
         return 0
     with Screen(sys.stdout) as screen:
         screen.wait("loading; a first run also compiles")
-        pair = dflash_jax.load(options.target, options.drafter)
+        pair = load()
         if options.echo:
             screen.write(text, DIM)
         facts = _facts(*_stream(pair, prompt, settings | {"draft": options.draft}, screen))

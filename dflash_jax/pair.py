@@ -1,7 +1,7 @@
 """A target and its drafter, loaded and ready to run."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,7 +23,7 @@ from dflash_jax.errors import InputError
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.shapes import shapes_of
 from dflash_jax.models.target import Target
-from dflash_jax.sharding import RULES, check_layout, check_mesh, placement
+from dflash_jax.sharding import RULES, check_mesh, placement, state_shardings
 from dflash_jax.text import Tokenizer, load_tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -142,6 +142,7 @@ def load(
     *,
     dtype: jnp.dtype | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    check: Callable[[Pair], object] | None = None,
 ) -> Pair:
     """Load a target and a drafter, each a folder or a hub name; without arguments, the embedded pair.
 
@@ -150,6 +151,7 @@ def load(
         drafter: a DFlash or DFlash 2 checkpoint made for that target; None: `generate` decodes plainly.
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own on accelerators.
         mesh: devices to spread the models over (see `dflash_jax.sharding.make_mesh`); None: the default device.
+        check: called before a weight is read, with a pair whose models are shapes. What it raises ends the loading.
 
     Raises:
         InputError: a folder that cannot be read, an architecture that is not supported, a drafter that does not fit, a
@@ -164,21 +166,43 @@ def load(
     compilation_cache.enable()
     config = TargetConfig.from_dict(load_config(folder))
     drafter_folder = None if drafter is None else find_folder(drafter, "drafter")
-    if drafter_folder is not None:
-        _check_drafter(config, load_drafter_config(drafter_folder), mesh)
+    drafted = None if drafter_folder is None else load_drafter_config(drafter_folder)
+    if drafted is not None:
+        check_fit(config, drafted)
     tokenizer_folder = EMBEDDED / "tokenizer" if folder == EMBEDDED / "target" else folder
     tokenizer = load_tokenizer(tokenizer_folder, config.vocab_size)
+    outline = _outline(config, drafted, tokenizer, dtype, mesh)
+    if check is not None:
+        check(outline)
     model = load_target(folder, dtype, mesh)[1]
     return Pair(
         model, None if drafter_folder is None else load_drafter(drafter_folder, dtype, mesh)[1], tokenizer, mesh
     )
 
 
-def _check_drafter(target: TargetConfig, drafter: DrafterConfig, mesh: jax.sharding.Mesh | None) -> None:
-    """Refuse a drafter before the target's weights are read, which may take long."""
-    check_fit(target, drafter)
-    if mesh is not None:
-        check_layout(shapes_of(lambda rngs: Drafter(drafter, rngs=rngs)), mesh)
+def _outline(
+    target: TargetConfig,
+    drafter: DrafterConfig | None,
+    tokenizer: Tokenizer,
+    dtype: jnp.dtype | None,
+    mesh: jax.sharding.Mesh | None,
+) -> Pair:
+    """Return a pair whose models are shapes, laid out. InputError for a mesh that does not divide them.
+
+    What checkpoints on accelerators hold is not looked up: it has at least two bytes a number.
+    """
+    kind = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+    def placed(model: Any) -> Any:
+        graph, state = nnx.split(model)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where = jax.tree.map(lambda _: here, state) if mesh is None else state_shardings(state, mesh)
+        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
+        return nnx.merge(graph, shapes)
+
+    made = placed(shapes_of(lambda rngs: Target(target, dtype=kind, rngs=rngs)))
+    drafts = None if drafter is None else placed(shapes_of(lambda rngs: Drafter(drafter, dtype=kind, rngs=rngs)))
+    return Pair(made, drafts, tokenizer, mesh)
 
 
 def find_folder(name: str | Path, role: str) -> Path:

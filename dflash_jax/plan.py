@@ -59,6 +59,11 @@ def plan(request: Request, trained: Trained | None = None) -> dict[str, Any]:
     if request.program == "train" and trained is None:
         raise InputError("the program train is that of the trainers; give plan(request, train.plan.planned)")
     target = TargetConfig.from_dict(read_config(request.target))
+    if target.max_position and request.context > target.max_position:
+        raise InputError(
+            f"the context is {request.context} tokens, and the target takes {target.max_position} positions; "
+            f"give at most {target.max_position}"
+        )
     drafter = request.drafter
     if isinstance(drafter, str | Path):
         folder = Path(drafter)

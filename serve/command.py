@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from dflash_jax.sharding import make_mesh, mesh_sizes
 from serve.api.app import create_app
 from serve.api.server import Server, answer
 from serve.api.starting import Starting, StoppedError
-from serve.config import EngineConfig
+from serve.config import EngineConfig, resolve
 from serve.engine import Engine
 
 if TYPE_CHECKING:
@@ -49,19 +50,11 @@ def serve(options: "ServeOptions") -> int:
 def _make(options: "ServeOptions", front: Starting, address: str) -> Engine:
     """The engine, started and in front of everybody."""
     mesh = make_mesh(None, **mesh_sizes(options.mesh)) if options.mesh else None
-    pair = dflash_jax.load(options.target, options.drafter, mesh=mesh)
+    config = _engine_config(options)
+    pair = dflash_jax.load(options.target, options.drafter, mesh=mesh, check=partial(resolve, c=config))
     if pair.tokenizer.can_chat:
         with contextlib.suppress(InputError):  # whoever chats will be told
             pair.tokenizer.render([{"role": "user", "content": ""}])  # imports transformers, which takes seconds
-    config = EngineConfig(
-        slots=options.slots,
-        max_length=options.max_length,
-        max_requests=options.max_requests,
-        memory_bytes=None if options.memory_mib is None else options.memory_mib * 2**20,
-        draft=options.draft,
-        logprobs=options.logprobs,
-        grammar=options.grammar,
-    )
     told = _Told(f"{front.model} at {address}")
 
     def progress(done: int, count: int) -> None:
@@ -79,6 +72,18 @@ def _make(options: "ServeOptions", front: Starting, address: str) -> Engine:
     )
     print(f"serving {told.what}, {options.slots} requests at once", flush=True)
     return engine
+
+
+def _engine_config(options: "ServeOptions") -> EngineConfig:
+    return EngineConfig(
+        slots=options.slots,
+        max_length=options.max_length,
+        max_requests=options.max_requests,
+        memory_bytes=None if options.memory_mib is None else options.memory_mib * 2**20,
+        draft=options.draft,
+        logprobs=options.logprobs,
+        grammar=options.grammar,
+    )
 
 
 class _Told:

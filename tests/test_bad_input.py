@@ -5,11 +5,12 @@ Configurations and tensors are refused in test_config.py and checkpoints/test_re
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 import dflash_jax
-from dflash_jax import InputError
+from dflash_jax import InputError, cli
 from dflash_jax.pair import check_fit
 from tests.checkpoints.folders import change_config, drafter_folder, target_folder
 from tests.decoding import pairs
@@ -130,3 +131,43 @@ def test_settings(options, message):
 )
 def test_tokens_of_logits(tokens, message):
     refused(message, pairs.pair("llama").logits, tokens)
+
+
+def test_a_check_comes_before_weights_and_sees_what_they_will_be(monkeypatch):
+    """`load` calls it with shapes; with what it raises, no weight is read."""
+    seen = []
+    pair = dflash_jax.load(check=seen.append)
+    outlined, loaded = (jax.tree.leaves(one.split[1]) for one in (seen[0], pair))
+    for x, y in zip(outlined, loaded, strict=True):
+        assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+    monkeypatch.setattr("dflash_jax.checkpoints.fill._read_leaf", lambda *_: pytest.fail("weights are read"))
+    for options, message in (
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"width": 99}, "width is 99"),
+        ({"top_p": 7.0}, "top_p is 7.0"),
+        ({"stop": [10**6]}, "stop holds 1000000"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dflash_jax.load(check=lambda outline, options=options: dflash_jax.stream(outline, "x", **options))
+    too_long = "x = 1\n" * 4000
+    with pytest.raises(InputError, match=r"a prompt has \d+ tokens and the model takes"):
+        dflash_jax.load(check=lambda outline: dflash_jax.stream(outline, too_long))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "--prompt", "x", "--width", "99"], "width is 99"),
+        (["serve", "--port", "0", "--max-length", "999999"], "max_length is 999999"),
+        (["serve", "--port", "0", "--slots", "0"], "slots is 0"),
+        (["serve", "--port", "0", "--memory-mib", "1"], "the memory budget is 1 MiB"),
+        (["bench", "serve", "--ways", "3"], "a way of decoding is '3'"),
+        (["bench", "serve", "--slots", "0"], "slots is 0"),
+    ],
+)
+def test_commands_refuse_before_weights_are_read(command, message, monkeypatch, capsys):
+    monkeypatch.setattr("dflash_jax.checkpoints.fill._read_leaf", lambda *_: pytest.fail("weights are read"))
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert err.count("dflash: ") == 1 and message in err

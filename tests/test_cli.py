@@ -67,7 +67,7 @@ def pair(monkeypatch):
     fake = FakePair()
     fake.loads = []
 
-    def load(target, drafter):
+    def load(target, drafter, check):
         fake.loads.append((target, drafter))
         return fake
 
@@ -253,7 +253,7 @@ def test_what_to_install_for_a_command(monkeypatch, capsys, arguments, package, 
 
 
 def test_errors_of_the_library_are_red_on_a_terminal(pair, monkeypatch):
-    def load(target, drafter):
+    def load(target, drafter, check):
         raise InputError("no such folder: T")
 
     monkeypatch.setitem(dflash_jax.__dict__, "load", load)
@@ -268,7 +268,7 @@ def test_no_prompt_on_a_terminal(pair, monkeypatch, capsys):
 
 
 def test_other_errors_are_not_hidden(pair, monkeypatch):
-    def load(target, drafter):
+    def load(target, drafter, check):
         raise ValueError("a bug")
 
     monkeypatch.setitem(dflash_jax.__dict__, "load", load)

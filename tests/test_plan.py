@@ -186,6 +186,7 @@ def test_a_prefill_is_planned_by_the_chunk(small):
         ({"program": "train", "drafter": None}, "a training step needs a drafter"),
         ({"batch": 0}, "the batch is 0"),
         ({"context": 1}, "the context is 1"),
+        ({"context": 10**7}, "is 10000000 tokens, and the target takes 262144 positions"),
         ({"width": 17}, "from 1 to 16"),
         ({"acceptance_length": 0.5}, "at least 1 token"),
         ({"width": 4, "acceptance_length": 5.0}, "a round has 4 rows"),

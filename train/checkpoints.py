@@ -24,7 +24,7 @@ def check_stored(folder: Path, state: TrainState) -> None:
     if not stored:
         return
     newest = max(stored, key=lambda path: int(path.name))
-    have = jax.tree.leaves(ocp.metadata(newest.absolute()).metadata)
+    have = jax.tree.leaves(ocp.metadata(str(newest.absolute())).metadata)
     if _shapes(have) != _shapes(jax.tree.leaves(state)):
         raise _other(folder / NAME)
 

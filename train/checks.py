@@ -52,9 +52,9 @@ def check_run(run: "DrafterRun") -> None:
     target = TargetConfig.from_dict(load_config(folder))
     tokenizer = load_tokenizer(folder, target.vocab_size)
     mesh = abstract_mesh(**run.mesh.sizes)
-    drafter = _started(run, target, _drafter(run, target, tokenizer))
+    drafter = _started(run, target, made_drafter(run, target, mask_token(run, tokenizer)))
     _check_lengths(run, target)
-    _check_step(run, target, mesh)
+    check_step(run, target)
     if run.mesh.sizes:
         check_layout(shapes_of(lambda rngs: Target(target, rngs=rngs)), mesh)
         check_layout(_shapes(drafter), mesh)
@@ -83,9 +83,10 @@ def _listed(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _drafter(run: "DrafterRun", target: TargetConfig, tokenizer: Tokenizer) -> DrafterConfig:
+def made_drafter(run: "DrafterRun", target: TargetConfig, mask: int) -> DrafterConfig:
+    """Return the drafter that is made for a target. InputError for sizes that no drafter of it can have."""
     sizes = run.training.architecture
-    made = sizes.drafter_config(target, mask_token(run, tokenizer))
+    made = sizes.drafter_config(target, mask)
     if made.num_heads % made.num_kv_heads:
         raise InputError(f"num_heads {made.num_heads} is not a multiple of num_kv_heads {made.num_kv_heads}")
     if made.head_dim % 2:
@@ -131,8 +132,9 @@ def _check_lengths(run: "DrafterRun", target: TargetConfig) -> None:
         raise InputError(f"block_size is {block}, and data.length {length}; give a smaller block, or longer rows")
 
 
-def _check_step(run: "DrafterRun", target: TargetConfig, mesh: AnyMesh) -> None:
-    config = run.training
+def check_step(run: "DrafterRun", target: TargetConfig) -> None:
+    """InputError for a batch, a loss or a sampled vocabulary that a step does not take on the run's mesh."""
+    config, mesh = run.training, abstract_mesh(**run.mesh.sizes)
     batch, vocab = (math.prod(mesh.shape[axis] for axis in RULES[name]) for name in ("batch", "vocab"))
     check_parts(config.batch, config.parts, batch)
     if config.loss == "opd":

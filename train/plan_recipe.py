@@ -9,8 +9,10 @@ from dflash_jax.config import TargetConfig
 from dflash_jax.errors import InputError
 from dflash_jax.plan import Request, Trained
 from train import configuration
+from train.checks import check_step, made_drafter
 from train.objective import Objective
 from train.plan import TrainPlan, planned
+from train.ranges import check_ranges
 from train.run import DrafterRun
 
 
@@ -22,6 +24,7 @@ def planned_recipe(
     InputError for a recipe that cannot be read, or that names no accelerators where `topology` does not either.
     """
     run = configuration.read_config(DrafterRun, recipe)
+    check_ranges(run)
     pod = topology or run.pod
     if pod is None:
         raise InputError(f"{recipe} names no pod; give --topology")
@@ -29,9 +32,10 @@ def planned_recipe(
     config = TargetConfig.from_dict(read_config(path))
     mask = config.vocab_size - 1 if run.mask_token is None else run.mask_token
     sizes = {axis: size for axis, size in dataclasses.asdict(run.mesh).items() if size > 1}
+    check_step(run, config)
     request = Request(
         target=path,
-        drafter=run.training.architecture.drafter_config(config, mask),
+        drafter=made_drafter(run, config, mask),
         topology=pod,
         mesh=",".join(f"{axis}={size}" for axis, size in sizes.items()),
         program="train",

@@ -18,7 +18,7 @@ from serve.bench.load import Load, Traces
 from serve.bench.options import BenchOptions
 from serve.bench.prompts import load_prompts
 from serve.bench.report import plot, require_plots, table
-from serve.config import FILTERED, GREEDY, EngineConfig
+from serve.config import FILTERED, GREEDY, EngineConfig, resolve
 from serve.engine import Engine
 from serve.requests import Request
 
@@ -36,16 +36,18 @@ def bench(options: BenchOptions) -> int:
     if options.plot:
         require_plots()
     prompts = load_prompts(options.prompts, chat=options.chat)
-    pair = pairs.load(options.target, options.drafter)
+
+    def check(outline: Pair) -> None:
+        if options.random_drafter:
+            require_drafter(outline)
+        check_ways(resolve(outline, engine_config(options, outline)).widths, options.ways)
+
+    pair = pairs.load(options.target, options.drafter, check=check)
     if options.random_drafter:
         pair = with_random_drafter(pair)
-    config = EngineConfig(
-        slots=options.slots, prefix_cache=options.prefix_cache, plans=(GREEDY, FILTERED),
-        max_length=min(options.max_length, pair.target.config.max_position or options.max_length),
-    )  # fmt: skip
     with Console(stderr=True).status("compiling"):
-        engine = Engine(pair, config)
-    ways = check_ways(engine, options.ways)
+        engine = Engine(pair, engine_config(options, pair))
+    ways = check_ways(engine.config.widths, options.ways)
     with engine:
         rows = list(measure(engine, prompts, loads, ways, options))
     if options.plot:
@@ -61,13 +63,21 @@ def bench(options: BenchOptions) -> int:
     return 0 if same or options.temperature else 1
 
 
-def check_ways(engine: Engine, text: str) -> dict[str, int | None]:
+def engine_config(options: BenchOptions, pair: Pair) -> EngineConfig:
+    """Return the sizes of the engine that is measured."""
+    return EngineConfig(
+        slots=options.slots, prefix_cache=options.prefix_cache, plans=(GREEDY, FILTERED),
+        max_length=min(options.max_length, pair.target.config.max_position or options.max_length),
+    )  # fmt: skip
+
+
+def check_ways(compiled: Sequence[int], text: str) -> dict[str, int | None]:
     """Each way of decoding and its width, None for any. InputError for a way that the engine has not compiled."""
     ways: dict[str, int | None] = {}
     for way in text.split(","):
         width = 1 if way == "plain" else int(way) if re.fullmatch("[1-9][0-9]*", way) else None
-        if way != "adaptive" and width not in engine.config.widths:
-            widths = ", ".join(map(str, engine.config.widths))
+        if way != "adaptive" and width not in compiled:
+            widths = ", ".join(map(str, compiled))
             raise InputError(f"a way of decoding is {way!r}; give plain, adaptive or a compiled width: {widths}")
         ways[way] = width
     return ways
@@ -103,13 +113,18 @@ def _fitting(pair: Pair, prompts: Sequence[Any], most: int) -> list[Any]:
     return fitting
 
 
+def require_drafter(pair: Pair) -> None:
+    """InputError for a pair without a drafter."""
+    if pair.drafter is None:
+        raise InputError("there is no drafter to make random; give --drafter too")
+
+
 def with_random_drafter(pair: Pair) -> Pair:
     """The pair with noise for the drafter's matrices: what speculation costs where it is of no use."""
     import jax
     from flax import nnx
 
-    if pair.drafter is None:
-        raise InputError("there is no drafter to make random; give --drafter too")
+    require_drafter(pair)
     graph, weights = nnx.split(pair.drafter)
     leaves, tree = jax.tree.flatten(weights)
     keys = jax.random.split(jax.random.key(0), len(leaves))

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -26,7 +27,7 @@ import dflash_jax
 from serve.api.app import create_app
 from serve.api.errors import ApiError, error_object, response
 from serve.command import model_name
-from serve.config import EngineConfig
+from serve.config import EngineConfig, resolve
 from serve.engine import Engine
 
 TRIES, PAUSE = 20, 0.5  # of one request, and the seconds between them
@@ -52,7 +53,8 @@ class Replica:
     """One engine and its application."""
 
     def __init__(self, c: ReplicaConfig):
-        self.engine = Engine(dflash_jax.load(c.target, c.drafter), c.engine).start()
+        pair = dflash_jax.load(c.target, c.drafter, check=partial(resolve, c=c.engine))
+        self.engine = Engine(pair, c.engine).start()
         self.app = create_app(self.engine, c.model_name or model_name(c.target), api_key=c.api_key)
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:

@@ -104,7 +104,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(change, message):
 
 def test_ways_that_are_not_compiled_are_refused(engine):
     with pytest.raises(InputError, match=r"is '3'; give plain, adaptive or a compiled width: 1, 4"):
-        command.check_ways(engine, "plain,3")
+        command.check_ways(engine.config.widths, "plain,3")
 
 
 def test_a_random_drafter_guesses_nothing_right():
