@@ -66,7 +66,7 @@ class CompletionLogprobs:
 
     def _top(self, found: TokenLogprobs) -> dict[str, float]:
         """By text; of tokens that look alike, the likeliest."""
-        pairs = reversed(found.top)
+        pairs = sorted(found.top, key=lambda pair: pair[1])
         return {token_text(self._tokenizer, token): max(value, LEAST) for token, value in pairs}
 
 

@@ -1,11 +1,13 @@
 """Answers from generations: whole, or as a stream of server-sent events."""
 
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -19,6 +21,7 @@ from serve.api.probabilities import prompt_logprobs
 from serve.api.schemas import Body, StreamOptions
 
 Choice = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ async def answer(http: HttpRequest, call: Call, reply: Reply, extras: Extras) ->
         return Response(status_code=499)  # which nobody reads
     finally:
         call.close()
+    scored = any(_scored(generation) for generation in call.generations.values())
+    return await _told(scored, partial(_whole, call, reply, extras, pieces))
+
+
+def _whole(call: Call, reply: Reply, extras: Extras, pieces: list[list[Piece]]) -> Response:
     choices = []
     for shown, index in enumerate(reply.kept(call.generations)):
         ids = {"token_ids": call.generations[index].tokens} if extras.token_ids else {}
@@ -99,6 +107,16 @@ async def answer(http: HttpRequest, call: Call, reply: Reply, extras: Extras) ->
         choices.append(reply.whole(index, pieces[index], call.generations[index]) | told)
     more = _of_prompt(call, reply, 0, extras)
     return JSONResponse(reply.answer(choices, call.usage(reply.choices)) | more)
+
+
+def _scored(event: Piece | Generation) -> bool:
+    """Return whether log-probabilities of a prompt come along."""
+    return event.prompt_logprobs is not None
+
+
+async def _told(scored: bool, work: Callable[[], T]) -> T:
+    """Return what `work` returns; a thread does it where prompts are `scored`, of which there is much to tell."""
+    return await asyncio.to_thread(work) if scored else work()
 
 
 def _of_prompt(call: Call, reply: Reply, index: int, extras: Extras) -> dict[str, Any]:
@@ -148,8 +166,8 @@ async def _events(call: Call, reply: Reply, extras: Extras) -> AsyncIterator[str
         async for index, event in call.events():
             if isinstance(event, Piece):
                 ids[index] += event.tokens
-            found = reply.piece(index, event) if isinstance(event, Piece) else reply.end(index, event)
-            for chunk in chunks(index, found):
+            told = partial(reply.piece, index, event) if isinstance(event, Piece) else partial(reply.end, index, event)
+            for chunk in chunks(index, await _told(_scored(event), told)):
                 yield chunk
     except ApiError as error:  # the status has been sent already
         yield _event(error_object(error.status, str(error), error.code))

@@ -1,9 +1,14 @@
 """Log-probabilities of prompts are those of the target, whatever pass a token was in."""
 
+import threading
+
 import numpy as np
 import openai
 import pytest
 
+from dflash_jax.decoding.output import TokenLogprobs
+from dflash_jax.text import REPLACEMENT
+from serve.api import probabilities
 from serve.requests import Request
 from tests.decoding import pairs
 from tests.serve import engines
@@ -138,3 +143,29 @@ def test_nothing_is_made_where_nothing_is_asked_for(client):
     assert (got.choices[0].text, got.choices[0].finish_reason, got.usage.completion_tokens) == (TEXT, "length", 0)
     got = client.completions.create(model=MODEL, prompt=TEXT, max_tokens=0)
     assert got.choices[0].text == "" and got.choices[0].logprobs is None
+
+
+def test_a_token_that_looks_like_a_likelier_one_is_not_taken_for_the_likeliest(served):
+    """Half characters all show as one text. A client compares a token's value with the greatest beside it."""
+    halves = [i for i in range(256) if probabilities.token_text(served.tokenizer, i) == REPLACEMENT][:2]
+    found = [TokenLogprobs(-3.0, ((halves[0], -0.5), (halves[1], -3.0)))]
+    told = probabilities.CompletionLogprobs(served.tokenizer).prompt([halves[0], halves[1]], found, 2, "")
+    assert told["token_logprobs"][1] == -3.0 and max(told["top_logprobs"][1].values()) == -0.5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scores_are_written_down_off_the_event_loop(client, monkeypatch, stream):
+    """Long prompts have thousands of them; streams of others go on meanwhile."""
+    threads, text_of = set(), probabilities.token_text
+
+    def watched(tokenizer, token):
+        threads.add(threading.get_ident())
+        return text_of(tokenizer, token)
+
+    monkeypatch.setattr(probabilities, "token_text", watched)
+    client.completions.create(model=MODEL, prompt=TEXT, max_tokens=1, logprobs=1)
+    (loop,) = threads
+    threads.clear()
+    got = client.completions.create(model=MODEL, prompt=TEXT, max_tokens=1, logprobs=1, echo=True, stream=stream)
+    assert not stream or list(got)
+    assert threads and loop not in threads
