@@ -1,6 +1,6 @@
 """How an engine is made: what its user says, and what follows from that and from the pair."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,12 +104,13 @@ class Resolved:
         needed = list(needs)
         return next(plan for plan in self.plans if all(covers(plan, need) for need in needed))
 
-    def check(self, logprobs: int | None, need: SamplingPlan) -> None:
-        """InputError for a request that asks for more than was compiled."""
-        if logprobs is not None and not self.logprobs:
-            raise InputError("this engine was started without logprobs; leave them out")
-        if logprobs is not None and logprobs > self.logprobs:
-            raise InputError(f"logprobs is {logprobs}; this engine names at most {self.logprobs} tokens")
+    def check(self, logprobs: Mapping[str, int | None], need: SamplingPlan) -> None:
+        """InputError for a request that asks for more than was compiled; `logprobs` by the names of its fields."""
+        for name, count in logprobs.items():
+            if count is not None and not self.logprobs:
+                raise InputError(f"this engine was started without logprobs; leave {name} out")
+            if count is not None and count > self.logprobs:
+                raise InputError(f"{name} is {count}; this engine names at most {self.logprobs} tokens")
         if not any(covers(plan, need) for plan in self.plans):
             raise InputError("this engine was started without penalties, logit_bias and min_tokens; leave them out")
 

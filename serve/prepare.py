@@ -34,8 +34,8 @@ def prepare(
     sampling = Sampling.pack(1, vocab, logprobs=request.logprobs, **request.settings)
     least = int(sampling.min_tokens[0])
     check_min_tokens(least, int(new), len(ends), vocab)
-    config.check(request.logprobs, sampling.plan)
-    config.check(check_logprobs(request.prompt_logprobs, MOST_LOGPROBS), sampling.plan)
+    scored = check_logprobs(request.prompt_logprobs, MOST_LOGPROBS, "prompt_logprobs")
+    config.check({"logprobs": request.logprobs, "prompt_logprobs": scored}, sampling.plan)
     if request.grammar is not None and least:
         raise InputError("min_tokens and a grammar cannot both say when the output ends; leave one out")
     if request.grammar is not None and not config.sizes.grammar:

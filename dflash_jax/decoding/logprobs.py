@@ -57,12 +57,12 @@ class Logprobs:
         return Logprobs(self.count + emitted, rows)
 
 
-def check_logprobs(count: object, most: int) -> int | None:
-    """How many likely tokens are asked for. InputError for anything but None or 0 to `most`."""
+def check_logprobs(count: object, most: int, name: str = "logprobs") -> int | None:
+    """Return how many likely tokens are asked for, under `name`. InputError for anything but None or 0 to `most`."""
     if count is None:
         return None
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= most:
-        raise InputError(f"logprobs is {count!r}; give None, or how many likely tokens to name, 0 to {most}")
+        raise InputError(f"{name} is {count!r}; give None, or how many likely tokens to name, 0 to {most}")
     return int(count)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,7 @@ class _Routes:
         body, size = await _read(http, CompletionBody, self.model)
         engine, tokenizer, prompts = self.engine, self.engine.pair.tokenizer, body.prompts
         call = await self._start(size, lambda: engine_requests(body, prompts, engine, grammar_of(body)))
-        before = [await off_loop(size, _text, tokenizer, prompt) if body.echo else "" for prompt in prompts]
+        before = [await off_loop(size, _text, tokenizer, p) if body.echo else "" for p in _run(body, call)]
         shown = Shown(made(body), body.n or 1, bool(body.dflash), body.logprobs, bool(body.echo))
         reply = CompletionReply(
             self.model, shown, tokenizer, before, [call.prompt(index) for index in range(len(call.handles))]
@@ -169,6 +169,11 @@ class _Routes:
 
     async def index(self) -> Response:
         return HTMLResponse(self.page, headers={"Content-Security-Policy": POLICY})
+
+
+def _run(body: CompletionBody, call: Call) -> Sequence[str | list[int]]:
+    """Return the prompts of a body as they are run, of which some tokens may have been dropped."""
+    return [call.prompt(i * made(body)) if body.truncate_prompt_tokens else p for i, p in enumerate(body.prompts)]
 
 
 def _text(tokenizer: Any, prompt: str | list[int]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 import dflash_jax
 from dflash_jax.decoding.generate import generate
+from dflash_jax.decoding.output import Generation
 from dflash_jax.pair import Pair
 from dflash_jax.sharding import make_mesh, mesh_sizes
 from serve.config import FILTERED, GREEDY, EngineConfig
@@ -28,9 +29,10 @@ from tests import sharded
 from tests.serve import engines
 
 NEW, REST, BEGIN = 20, 17, [0, 1, 2]
+SCORED = 2  # this request, whose prompt takes two passes
 CONFIG = EngineConfig(
     slots=2, buckets=(2,), max_length=64, page_size=8, checkpoints=3, widths=(1, 4), adaptive=False, rounds=2,
-    prefill=((1, 16),), plans=(GREEDY, FILTERED),
+    prefill=((1, 16),), plans=(GREEDY, FILTERED), logprobs=1,
 )  # fmt: skip
 
 
@@ -52,10 +54,14 @@ def load(folder: Path, mesh: str | None = None) -> Pair:
 
 
 def requests() -> list[Request]:
-    """More of them than there are slots: greedy, sampled, and one with a grammar, which says only how it begins."""
+    """More of them than there are slots: greedy, sampled, and one with a grammar, which says only how it begins.
+
+    One is scored.
+    """
     rng, settings = np.random.default_rng(1), ({}, {"temperature": 0.8, "top_p": 0.9})
     prompts = [rng.integers(0, 15, n).tolist() for n in (3, 9, 21, 30, 5)]
     free = [Request(p, NEW, seed=i, **settings[i % 2]) for i, p in enumerate(prompts)]
+    free[SCORED] = dataclasses.replace(free[SCORED], prompt_logprobs=1)
     return [*free, Request(prompts[0], NEW, grammar=Grammar("regex", f"abc[a-p]{{{REST}}}"))]
 
 
@@ -69,8 +75,21 @@ def expected(pair: Pair) -> list[list[int]]:
     return [*(answer.tokens for answer in answers), [*BEGIN, *rest.tokens]]
 
 
-def answers(pair: Pair) -> list[list[int]]:
-    """The same by an engine. Nothing may be compiled once it is there."""
+def scores(pair: Pair) -> list[float]:
+    """Return log-probabilities of the scored prompt's tokens but the first, by the target's logits."""
+    prompt = np.asarray(requests()[SCORED].prompt)
+    logits = np.asarray(pair.logits(prompt[None]))[0, :-1].astype(np.float64)
+    return (logits[np.arange(len(prompt) - 1), prompt[1:]] - np.log(np.exp(logits).sum(-1))).tolist()
+
+
+def told(results: list[Generation]) -> dict:
+    """Return what is compared of an engine's answers."""
+    found = results[SCORED].prompt_logprobs or ()
+    return {"tokens": [result.tokens for result in results], "scores": [one.logprob for one in found]}
+
+
+def answers(pair: Pair) -> dict:
+    """Return what an engine tells. Nothing may be compiled once it is there."""
     engine = Engine(pair, CONFIG)
     compiled: list[str] = []
     watch = logging.Handler()
@@ -82,25 +101,25 @@ def answers(pair: Pair) -> list[list[int]]:
     engines.check_idle(engine)
     shards = [s for x in jax.tree.leaves((pair.split[1], engine.programs.state)) for s in x.addressable_shards]
     assert memory_of(pair, engine.config.sizes).total == sum(s.data.nbytes for s in shards if s.device.id == 0)
-    return [result.tokens for result in found]
+    return told(found)
 
 
 def together(pair: Pair, port: int) -> dict:
-    """Of one of two processes: the leader's tokens, and what it has counted. One more request is cancelled midway."""
+    """Of one of two processes: the leader's answers, and what it has counted. One more request is cancelled midway."""
     engine = HostsEngine(pair, dataclasses.replace(CONFIG, adaptive=True), Link("localhost", port, b"secret"))
-    tokens = []
+    answered = {}
     if engine.link.leads:
         with engine:
             extra = engine.submit(dataclasses.replace(requests()[0], max_new_tokens=50))
             handles = [engine.submit(request) for request in requests()]
             next(iter(extra))
             extra.cancel()
-            tokens = [h.result().tokens for h in handles]
+            answered = told([h.result() for h in handles])
     else:
         engine.follow()
     engines.check_idle(engine)
     counted = dataclasses.asdict(engine.stats) | {"acceptance": engine.controller.free.acceptance}
-    return {"tokens": tokens, "counted": {name: str(value) for name, value in counted.items()}}
+    return answered | {"counted": {name: str(value) for name, value in counted.items()}}
 
 
 def main() -> None:

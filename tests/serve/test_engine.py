@@ -295,7 +295,7 @@ def test_preempted_requests_are_run_again(engine):
         (Request([1] * 96), "at most 95"),
         (Request([]), "empty"),
         (Request([1], max_new_tokens=-1), "max_new_tokens"),
-        (Request([1], prompt_logprobs=1), "started without logprobs"),
+        (Request([1], prompt_logprobs=1), "started without logprobs; leave prompt_logprobs out"),
         (Request([1], temperature=-1), "temperature"),
         (Request([1], stop=list(range(6)) * 3 + [""]), "stop"),
     ],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dflash_jax.errors import InputError
@@ -34,9 +35,12 @@ def test_a_mesh_gives_the_tokens_of_one_device(tmp_path):
     """Experts, heads, recurrent state and vocabulary are spread; the requests take turns in two slots."""
     meshes.write_pair(tmp_path, selector=True)
     process = start(tmp_path, tmp_path / "out.json", "expert=4,tensor=2", devices=8)
-    expected = meshes.expected(meshes.load(tmp_path))
+    one = meshes.load(tmp_path)
+    expected, scores = meshes.expected(one), meshes.scores(one)
     finish(process)
-    assert json.loads((tmp_path / "out.json").read_text()) == expected
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["tokens"] == expected
+    np.testing.assert_allclose(found["scores"], scores, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -50,11 +54,13 @@ def test_two_processes_serve_together(tmp_path):
     ports = [free_port() for _ in range(2)]
     out = [tmp_path / f"{i}.json" for i in range(2)]
     both = [start(tmp_path, out[i], "expert=4,tensor=2", i, *ports, devices=4) for i in range(2)]
-    expected = meshes.expected(meshes.load(tmp_path))
+    one = meshes.load(tmp_path)
+    expected, scores = meshes.expected(one), meshes.scores(one)
     for process in both:
         finish(process)
     leader, other = (json.loads(path.read_text()) for path in out)
     assert leader["tokens"] == expected
+    np.testing.assert_allclose(leader["scores"], scores, atol=1e-4)
     assert leader["counted"] == other["counted"]
     assert other["counted"]["finished"] == "6" and other["counted"]["cancelled"] == "1"
 

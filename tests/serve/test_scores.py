@@ -117,6 +117,23 @@ def test_ids_are_scored_as_texts_are(served, client):
     assert numbers.logprobs == text.logprobs and numbers.text == text.text
 
 
+def test_what_is_left_of_a_prompt_is_echoed_and_scored(served, client):
+    """The text, its tokens and their places are those of the prompt as it was run."""
+    ids = served.tokenizer.encode(TEXT)[-3:]
+    got = client.completions.create(
+        model=MODEL, prompt=[TEXT, "import os"], max_tokens=0, logprobs=1, echo=True, n=2,
+        extra_body={"truncate_prompt_tokens": 3},
+    ).choices  # fmt: skip
+    assert [choice.text for choice in got[:2]] == [served.tokenizer.decode(ids)] * 2 != [TEXT] * 2
+    assert [choice.text for choice in got[2:]] == [
+        served.tokenizer.decode(served.tokenizer.encode("import os")[-3:])
+    ] * 2
+    found, want = got[1].logprobs, expected(served.engine.pair, ids)
+    np.testing.assert_allclose(found.token_logprobs[1:], want[[0, 1], ids[1:]], atol=1e-4)
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        assert got[1].text[offset:].startswith(token)
+
+
 def test_prompt_logprobs_as_vllm_has_them(served, client):
     ids = served.tokenizer.encode(TEXT)
     choice = client.completions.create(
